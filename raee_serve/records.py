@@ -1,0 +1,59 @@
+"""What is decided about one prompt, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from raee_serve.errors import RaeeError
+
+
+class Reason(StrEnum):
+    """Why a prompt runs at its exit layer. Only RETRIEVED and OVERRIDE may truncate."""
+
+    RETRIEVED = "retrieved"  # the neighbours' exit information chose the layer
+    OVERRIDE = "override"  # the request, or the server's --exit-layer, fixed the layer
+    UNMATCHED = "unmatched"  # no known task: neither named nor matched by its prompt
+    UNCONSTRAINED = "unconstrained"  # label-word task, output not limited to the label words
+    FAR = "far"  # nearest row beyond the task's distance bound
+    NO_EVIDENCE = "no-evidence"  # no neighbour was answered correctly by any layer
+    TIMEOUT = "timeout"  # the look-up took too long
+    ERROR = "error"  # the look-up failed
+
+
+@dataclass(frozen=True, slots=True)
+class ExitDecision:
+    """How many decoder layers one prompt runs.
+
+    exit_layer: 1..num_layers; num_layers is full depth.
+    distance: cosine distance (0..2) to the nearest row looked at, None without a look-up.
+    lookup_ms: wall time of the look-up this decision was part of.
+    """
+
+    exit_layer: int
+    num_layers: int
+    reason: Reason
+    task: str | None = None
+    distance: float | None = None
+    lookup_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.exit_layer <= self.num_layers:
+            raise RaeeError(f"exit layer {self.exit_layer} is not within 1..{self.num_layers}")
+
+    @classmethod
+    def full(
+        cls,
+        num_layers: int,
+        reason: Reason,
+        *,
+        task: str | None = None,
+        distance: float | None = None,
+        lookup_ms: float = 0.0,
+    ) -> ExitDecision:
+        """Full depth, for `reason`."""
+        return cls(num_layers, num_layers, reason, task, distance, lookup_ms)
+
+    @property
+    def is_full(self) -> bool:
+        return self.exit_layer == self.num_layers
