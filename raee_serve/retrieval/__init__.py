@@ -1,0 +1,1 @@
+"""From a prompt to its exit decision: embed, search, aggregate."""

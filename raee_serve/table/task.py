@@ -1,0 +1,118 @@
+"""A task: a prompt template with label words, or with free text as its answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raee_serve.errors import TaskError
+from raee_serve.table.datasets import DemoSet, HubSet, LocalSet
+from raee_serve.table.prompts import Message, Prompt, Rendered
+
+Kind = Literal["labels", "free-text"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the backbone about a text.
+
+    label_words: answers in the order of the data's label indices; empty for free text.
+    local, hub, demo: where its rows can be read from; a demo set ships with the package.
+    """
+
+    name: str
+    prompt: Prompt
+    label_words: tuple[str, ...] = ()
+    local: LocalSet | None = None
+    hub: HubSet | None = None
+    demo: DemoSet | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.label_words) == 1 or len(set(self.label_words)) != len(self.label_words):
+            raise TaskError(
+                f"task {self.name}: label words {self.label_words} must be two or more different "
+                "words, or none for free text"
+            )
+
+    @property
+    def kind(self) -> Kind:
+        return "labels" if self.label_words else "free-text"
+
+    @property
+    def version(self) -> str:
+        """Short hash of everything that shapes a prompt and its answers; binds tables (12 hex)."""
+        shape = [type(self.prompt).__name__, self.prompt.template, list(self.label_words)]
+        return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
+
+    def render(self, text: str) -> Rendered:
+        """The prompt a client sends about `text`: completion text or chat messages."""
+        return self.prompt.render(text)
+
+    def match(self, prompt: str | Sequence[Message]) -> str | None:
+        """The text that `prompt` asks this task's question about, stripped; else None.
+
+        That text, not the prompt, is the key that is embedded.
+        """
+        return self.prompt.match(prompt)
+
+    def label_texts(self) -> tuple[str, ...]:
+        """The label words as they appear in the output, after completion text with a space."""
+        return tuple(self.answer_text(word) for word in self.label_words)
+
+    def answer_text(self, answer: str) -> str:
+        """An answer as it continues the rendered prompt."""
+        return self.prompt.label_prefix + answer
+
+    def label_token_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """The first token of each label word as it continues a prompt.
+
+        Raises TaskError if two words share that token, or if a word merges into the prompt's end.
+        """
+        prompt = prompt_text(tokenizer, self.render("a text"))
+        ids = tuple(_first_new_token(tokenizer, prompt, answer) for answer in self.label_texts())
+        if len(set(ids)) != len(ids):
+            raise TaskError(
+                f"task {self.name}: label words {self.label_words} do not differ in their first "
+                f"token (ids {ids}) under this backbone's tokenizer"
+            )
+        return ids
+
+
+def prompt_text(tokenizer: Any, rendered: Rendered) -> str:
+    """The text the server's tokenizer sees: completions as they are, chats through the template.
+
+    Raises TaskError for chat messages when the tokenizer has no chat template.
+    """
+    if isinstance(rendered, str):
+        return rendered
+    if not tokenizer.chat_template:
+        raise TaskError("this backbone's tokenizer has no chat template, which chat prompts need")
+    text = tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text
+
+
+def prompt_token_ids(tokenizer: Any, rendered: Rendered) -> list[int]:
+    """Token ids as vLLM's OpenAI server makes them: special tokens (<bos>) added to completions
+    by the tokenizer, and to chats by their template alone."""
+    text = prompt_text(tokenizer, rendered)
+    return list(tokenizer(text, add_special_tokens=isinstance(rendered, str))["input_ids"])
+
+
+def answer_token_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    """The tokens that `answer` adds to `prompt`; TaskError if it changes the prompt's own."""
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    after = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    if len(after) <= len(before) or after[: len(before)] != before:
+        raise TaskError(
+            f"answer {answer[:40]!r} merges into the end of the prompt {prompt[-40:]!r}; "
+            "choose a template that ends at a token boundary"
+        )
+    return list(after[len(before) :])
+
+
+def _first_new_token(tokenizer: Any, prompt: str, answer: str) -> int:
+    return int(answer_token_ids(tokenizer, prompt, answer)[0])
