@@ -1,0 +1,13 @@
+"""Every reach into a vLLM symbol that is not a documented extension point, one file a seam."""
+
+from raee_serve_patches.seam import Seam, SeamError
+
+__all__ = ["Seam", "SeamError", "check_seams"]
+
+
+def check_seams() -> None:
+    """Check every seam against the installed vLLM. Raises `SeamError` at the first mismatch."""
+    from raee_serve_patches import request_salt, v1_step
+
+    for module in (request_salt, v1_step):
+        module.SEAM.check()

@@ -1,0 +1,15 @@
+"""Entry point that vLLM calls in each of its processes (`vllm.general_plugins`)."""
+
+from raee_serve.engine.models import SUPPORTED
+
+
+def register() -> None:
+    """Give the supported architectures their truncatable classes. Safe to call again.
+
+    Without a worker of ours the classes take vLLM's own path, so other uses of vLLM in the
+    same environment are left alone.
+    """
+    from vllm import ModelRegistry
+
+    for architecture, qualified_name in SUPPORTED.items():
+        ModelRegistry.register_model(architecture, qualified_name)

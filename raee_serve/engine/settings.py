@@ -1,0 +1,34 @@
+"""What the extension asks of vLLM, and how a request says its exit layer."""
+
+from typing import Any
+
+EXIT_LAYER_KEY = "raee_exit_layer"
+"""Key of `SamplingParams.extra_args` under which a request's exit layer travels (an int)."""
+
+SCHEDULER_CLS = "raee_serve.engine.scheduler.TruncatingScheduler"
+WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
+
+
+def engine_options() -> dict[str, Any]:
+    """Engine arguments that switch truncated execution on, for `vllm.LLM(model, **options)`.
+
+    The named classes are imported by vLLM itself, so an installation that cannot load them
+    stops the engine instead of serving vanilla vLLM (invariant 6 of docs/architecture.md).
+    Compilation is off: it gains nothing on CPU and adds a minute to every start.
+    """
+    return {
+        "scheduler_cls": SCHEDULER_CLS,
+        "worker_cls": WORKER_CLS,
+        "enforce_eager": True,
+    }
+
+
+def exit_args(exit_layer: int) -> dict[str, int]:
+    """`extra_args` of a `SamplingParams` whose request runs `exit_layer` decoder layers.
+
+    Raises `ValueError` unless `exit_layer` is an int of at least 1. The upper end, the
+    model's layer count, is checked where the model is known (`exit_layer_of`).
+    """
+    if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or exit_layer < 1:
+        raise ValueError(f"exit layer is {exit_layer!r}; allowed: an integer of at least 1")
+    return {EXIT_LAYER_KEY: exit_layer}

@@ -1,0 +1,40 @@
+"""CPU worker that hands each step's exit layers to the model."""
+
+from typing import Any
+
+from raee_serve_patches.v1_step import V1Step
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from raee_serve.engine.compat import check_engine
+from raee_serve.engine.models import SUPPORTED
+from raee_serve.engine.models.truncated import TruncatedExecution
+
+
+class TruncatingCPUWorker(CPUWorker):
+    """vLLM's CPU worker; the step it runs is open to the model while it runs."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        check_engine(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        num_layers = self.model_config.get_total_num_hidden_layers()
+        self.step = V1Step(self.model_runner, num_layers)
+        _truncated_model(self.model_runner.get_model()).step_source = self.step
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        with self.step.running(scheduler_output):
+            return super().execute_model(scheduler_output)
+
+
+def _truncated_model(model: Any) -> TruncatedExecution:
+    """The part of the loaded model that runs plans. Raises `RuntimeError` if there is none."""
+    for module in model.modules():
+        if isinstance(module, TruncatedExecution):
+            return module
+    raise RuntimeError(
+        f"raee-serve: the loaded model {type(model).__name__} cannot run truncated. Either its "
+        f"architecture is not among {sorted(SUPPORTED)}, or the plug-in did not load: look "
+        "for 'Failed to load plugin raee' above, and keep 'raee' in VLLM_PLUGINS if it is set."
+    )
