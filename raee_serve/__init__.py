@@ -1,0 +1,1 @@
+"""RAEE: retrieval-augmented early exit, served through vLLM."""
