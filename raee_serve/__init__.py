@@ -1,1 +1,3 @@
-"""RAEE: retrieval-augmented early exit, served through vLLM."""
+"""Retrieval-augmented early exit for vLLM: each request runs only the decoder layers it needs."""
+
+__version__ = "0.1.0"
