@@ -7,12 +7,14 @@ bf16 checkpoints that vLLM and transformers load like any other.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -102,7 +104,9 @@ def local_checkpoint(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"backbone {name!r} cannot be fetched from the hub: {error}") from error
+        raise CheckpointError(
+            f"backbone {name!r} cannot be fetched from the hub: {error}"
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -110,7 +114,52 @@ def cache_dir() -> Path:
     return Path(os.environ.get("RAEE_CACHE") or Path.home() / ".cache" / "raee-serve")
 
 
-def _directory_or_hub_id(name: str, packaged: dict) -> str:
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's config.json. Raises CheckpointError where there is none to read."""
+    file = checkpoint / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no checkpoint at {checkpoint}: {file} unreadable: {error}"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} must hold an object, not {type(config).__name__}")
+    return config
+
+
+def text_config(config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """The part of `config` that describes the text decoder: nested in multimodal models.
+
+    Raises CheckpointError unless it states `num_hidden_layers`, a positive integer.
+    """
+    text = config.get("text_config", config)
+    num_layers = text.get("num_hidden_layers")
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise CheckpointError(
+            f"{checkpoint}: config.json states num_hidden_layers {num_layers!r}; "
+            "expected a positive integer, as Llama and Gemma checkpoints have"
+        )
+    return text
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint, sorted: those that its index names, or
+    else all. Raises CheckpointError if there are none or one that the index names is missing."""
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = sorted(checkpoint / name for name in names)
+    else:
+        files = sorted(checkpoint.rglob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        detail = f"missing {', '.join(missing)}" if missing else "no *.safetensors files"
+        raise CheckpointError(f"{checkpoint} has no complete weights: {detail}")
+    return files
+
+
+def _directory_or_hub_id(name: str, packaged: Iterable[str]) -> str:
     path = Path(name).expanduser()
     if name and path.is_dir():
         return str(path)
@@ -153,7 +202,7 @@ def _converted(name: str) -> Path:
 
 
 def _convert(name: str, scratch: Path) -> Path:
-    """Writes the bf16 checkpoint of packaged backbone `name` under `scratch`; returns its folder."""
+    """Write the bf16 checkpoint of packaged backbone `name` under `scratch`; return its folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
