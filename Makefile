@@ -1,0 +1,42 @@
+# Every target sets up .venv by itself, from nothing; the second time that costs nothing.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+# The first that runs; pyproject.toml says which versions will do.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	if $$p -c pass 2> /dev/null; then echo $$p; break; fi; done)
+# Asked for torch's CPU build only where the configured package index does not have it.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint setup
+.DEFAULT_GOAL := test
+
+demo: setup
+	$(PY) -m raee_serve.evaluation.demo
+
+test: setup
+	$(PY) -m pytest -m "not gpu"
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py scripts/requirements.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time this downloads about a gigabyte."
+	$(PY) scripts/requirements.py bare > $(VENV)/bare.txt
+	$(PIP) --quiet --no-deps -r $(VENV)/bare.txt
+	$(PY) scripts/requirements.py rest > $(VENV)/rest.txt
+	$(PIP) -r $(VENV)/rest.txt || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) -r $(VENV)/rest.txt
+	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null
+	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --no-build-isolation --editable .
+	touch $@
