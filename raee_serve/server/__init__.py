@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: vLLM's own, with admission in front of it."""

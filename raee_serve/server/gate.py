@@ -1,0 +1,79 @@
+"""The gate every request passes: plan, look up, count."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raee_serve.records import ExitDecision
+from raee_serve.retrieval.retriever import Lookup
+from raee_serve.server.admission import Admission
+from raee_serve.server.lookup import LookupBatcher
+from raee_serve.server.metrics import DecisionMetrics
+from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, read_prompts
+
+Detokenize = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """decisions: one per prompt, in prompt order. body: what vLLM is to see."""
+
+    decisions: tuple[ExitDecision, ...]
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """lookups: None where a fixed depth leaves nothing to look up."""
+
+    admission: Admission
+    lookups: LookupBatcher | None
+    detokenize: Detokenize
+    metrics: DecisionMetrics
+
+    async def admit(self, kind: Kind, body: dict[str, Any]) -> Admitted | None:
+        """Decide every prompt of a body; None if it has none that vLLM would run.
+
+        Raises OptionError for a bad `raee` object, and nothing else that a client can cause.
+        """
+        options = self.admission.options(body)
+        raw = read_prompts(kind, body)
+        if raw is None:
+            return None
+        prompts: Sequence[TextPrompt] = [None] * len(raw)
+        if self.admission.needs_text(options):
+            prompts = await self._texts(raw)
+        plan = self.admission.plan(kind, body, options, prompts)
+        decisions = await self._decided(plan.entries)
+        self.metrics.record(decisions)
+        return Admitted(decisions, plan.body)
+
+    def close(self) -> None:
+        if self.lookups is not None:
+            self.lookups.close()
+
+    async def _texts(self, prompts: Sequence[RawPrompt]) -> Sequence[TextPrompt]:
+        """Token ids as text, decoded off the event loop; other prompts as they are."""
+        if not any(isinstance(prompt, tuple) for prompt in prompts):
+            return prompts
+        return await asyncio.to_thread(lambda: [self._text(prompt) for prompt in prompts])
+
+    def _text(self, prompt: RawPrompt) -> TextPrompt:
+        if not isinstance(prompt, tuple):
+            return prompt
+        try:
+            return self.detokenize(prompt)
+        except (OverflowError, ValueError, TypeError, IndexError):
+            return None  # ids outside the vocabulary, to which vLLM has its own answer
+
+    async def _decided(self, entries: Sequence[ExitDecision | Lookup]) -> tuple[ExitDecision, ...]:
+        """The entries with every look-up replaced by its decision."""
+        wanted = [entry for entry in entries if isinstance(entry, Lookup)]
+        if not wanted:
+            return tuple(entry for entry in entries if isinstance(entry, ExitDecision))
+        assert self.lookups is not None
+        found = iter(await self.lookups.decide(wanted))
+        return tuple(next(found) if isinstance(entry, Lookup) else entry for entry in entries)

@@ -1,0 +1,82 @@
+"""`raee-serve serve MODEL --table DIR [any vllm serve flag]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from raee_serve.server.settings import DepthSettings
+
+DESCRIPTION = """Serve MODEL through vLLM's OpenAI server, each prompt at the depth that an exit
+table predicts for it. Flags not listed here are those of `vllm serve` (`vllm serve --help=all`).
+MODEL is a packaged model (smollm2-135m, gemma3-270m), a checkpoint directory or a hub id."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that are ours. The rest of the command line, MODEL included, is vLLM's."""
+    parser.description = DESCRIPTION
+    parser.usage = "raee-serve serve MODEL (--table DIR | --exit-layer N) [any vllm serve flag]"
+    parser.allow_abbrev = False  # else a vLLM flag could pass for the beginning of one of ours
+    parser.add_argument("--table", metavar="DIR", help="exit table, from raee-serve build")
+    parser.add_argument(
+        "--exit-layer", metavar="N|full", help="one depth for all requests, instead of a table"
+    )
+    parser.add_argument("--encoder", help="name or directory of the table's encoder, if moved")
+    parser.add_argument("--k", type=int, help="neighbours to look up")
+    parser.add_argument("--rule", help="how neighbours are aggregated: earliest, published")
+    parser.add_argument(
+        "--max-distance",
+        type=float,
+        metavar="D",
+        help="cosine distance of the nearest row beyond which a prompt runs at full depth "
+        "(default: per task, from the table)",
+    )
+    parser.add_argument(
+        "--lookup-timeout-ms",
+        type=float,
+        default=250.0,
+        metavar="MS",
+        help="a prompt whose look-up takes longer runs at full depth (default: 250)",
+    )
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Load table and encoder, start the engine, serve. Raises RaeeError for what cannot work."""
+    settings = DepthSettings(
+        table=args.table,
+        exit_layer=args.exit_layer,
+        encoder=args.encoder,
+        k=args.k,
+        rule=args.rule,
+        max_distance=args.max_distance,
+        lookup_timeout_ms=args.lookup_timeout_ms,
+    )
+    import uvloop
+
+    from raee_serve.engine.settings import engine_options
+    from raee_serve.server import vllm_server
+
+    vllm_server.prepare_environment()
+    serve_args = vllm_server.parse_serve_args(rest)
+    vllm_server.with_options(serve_args, engine_options())
+    gate = _gate(serve_args, settings)
+    uvloop.run(vllm_server.serve(serve_args, gate))
+
+
+def _gate(serve_args: argparse.Namespace, settings: DepthSettings):
+    """Resolve MODEL in place, so that what is served is what the table is checked against."""
+    from raee_serve.checkpoints import local_checkpoint
+    from raee_serve.fingerprint import identify_backbone
+    from raee_serve.server.loading import load_gate
+
+    name = serve_args.model_tag
+    checkpoint = local_checkpoint(name)
+    backbone = identify_backbone(checkpoint)
+    print(
+        f"raee-serve: backbone {name} ({backbone.architecture}, {backbone.num_layers} layers)",
+        flush=True,
+    )
+    serve_args.model = serve_args.model_tag = str(checkpoint)
+    serve_args.served_model_name = serve_args.served_model_name or [name]
+    return load_gate(settings, backbone, Path(serve_args.tokenizer or checkpoint))

@@ -1,0 +1,143 @@
+"""Limits on a request's output, and a task's label words as such a limit.
+
+An exit before full depth is meaningful for a label-word task only while nothing but its label
+words can be sampled: elsewhere the early layers of a plain backbone give noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raee_serve.errors import BindingError
+from raee_serve.table.task import Task, answer_token_ids, prompt_text
+
+MAX_BIAS = 100.0
+"""Largest `logit_bias` vLLM applies; greater ones are clipped to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLimit:
+    """What a body lets the model say.
+
+    choices: words of `structured_outputs.choice` without a leading space; None if not limited so.
+    token_ids: `allowed_token_ids`; None if not limited so.
+    is_set: whether the body limits its output in any way, these or others.
+    """
+
+    choices: frozenset[str] | None
+    token_ids: frozenset[int] | None
+    is_set: bool
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> OutputLimit:
+        structured = body.get("structured_outputs")
+        has_format = _has_response_format(body)
+        token_ids = body.get("allowed_token_ids")
+        return cls(
+            # vLLM lets response_format take the place of structured_outputs.
+            choices=None if has_format else _choices(structured),
+            token_ids=_token_ids(token_ids),
+            is_set=has_format or structured is not None or token_ids is not None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LabelOutputs:
+    """The outputs of a label-word task.
+
+    words: label words, in label order.
+    texts: the words as they continue a prompt (" great" after text, "great" in a chat).
+    token_ids: first token of each text; all different.
+    single_token: whether every text is that one token.
+    """
+
+    words: tuple[str, ...]
+    texts: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    single_token: bool
+
+    @classmethod
+    def of(cls, task: Task, table_ids: Sequence[int], tokenizer: Any) -> LabelOutputs:
+        """The outputs of `task` under the server's tokenizer.
+
+        table_ids: the label tokens the table was built with; BindingError unless they agree.
+        """
+        token_ids = task.label_token_ids(tokenizer)
+        if token_ids != tuple(table_ids):
+            raise BindingError(
+                f"task {task.name}: the table was built with label tokens {tuple(table_ids)}, "
+                f"the server's tokenizer gives {token_ids}; serve with the table's tokenizer"
+            )
+        prompt = prompt_text(tokenizer, task.render("a text"))
+        texts = task.label_texts()
+        return cls(
+            words=task.label_words,
+            texts=texts,
+            token_ids=token_ids,
+            single_token=all(len(answer_token_ids(tokenizer, prompt, t)) == 1 for t in texts),
+        )
+
+    def allow_all_of(self, limit: OutputLimit) -> bool:
+        """Whether a limited output can be nothing but label words."""
+        return _within(limit.choices, self.words) or _within(limit.token_ids, self.token_ids)
+
+    def equal(self, limit: OutputLimit) -> bool:
+        """Whether the limit is exactly this task's label words."""
+        return limit.choices == set(self.words) or limit.token_ids == set(self.token_ids)
+
+    def impose(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A copy of an unlimited body whose output is limited to the label words."""
+        if self.single_token:
+            return _with_max_tokens(body | {"allowed_token_ids": list(self.token_ids)}, 1)
+        limited = body | {
+            "structured_outputs": {"choice": list(self.texts)},
+            "logit_bias": self._first_token_bias(body.get("logit_bias")),
+        }
+        # A token is at least one byte, so this covers every spelling of the longest text.
+        return _with_max_tokens(limited, 1 + max(len(text.encode()) for text in self.texts))
+
+    def _first_token_bias(self, client: Any) -> Any:
+        """Raise the label tokens above every other way of spelling the label texts.
+
+        The grammar of a choice also admits pieces of the words (" gr" + "eat"), which say nothing
+        about the label at an early exit. The client's own biases keep their differences.
+        """
+        if client is not None and not isinstance(client, dict):
+            return client  # malformed: vLLM's own error comes out
+        bias = dict(client or {})
+        own = {str(token): bias.get(str(token), 0.0) for token in self.token_ids}
+        if not all(isinstance(value, int | float) for value in own.values()):
+            return client
+        raise_by = MAX_BIAS - max(own.values())
+        return bias | {token: value + raise_by for token, value in own.items()}
+
+
+def _has_response_format(body: dict[str, Any]) -> bool:
+    wanted = body.get("response_format")
+    return wanted is not None and not (isinstance(wanted, dict) and wanted.get("type") == "text")
+
+
+def _choices(structured: Any) -> frozenset[str] | None:
+    choice = structured.get("choice") if isinstance(structured, dict) else None
+    if not isinstance(choice, list) or not all(isinstance(item, str) for item in choice):
+        return None
+    return frozenset(item.removeprefix(" ") for item in choice)
+
+
+def _token_ids(allowed: Any) -> frozenset[int] | None:
+    if not isinstance(allowed, list) or not all(isinstance(item, int) for item in allowed):
+        return None
+    return frozenset(allowed)
+
+
+def _within(limit: frozenset | None, allowed: Sequence) -> bool:
+    return bool(limit) and limit.issubset(allowed)
+
+
+def _with_max_tokens(body: dict[str, Any], default: int) -> dict[str, Any]:
+    """`body` with a default for its output length, unless the client set one."""
+    if body.get("max_tokens") is not None or body.get("max_completion_tokens") is not None:
+        return body
+    return body | {"max_tokens": default}

@@ -1,0 +1,82 @@
+"""Load what admission needs, and check that it belongs to the backbone, before anything listens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raee_serve.errors import RaeeError
+from raee_serve.fingerprint import BackboneIdentity
+from raee_serve.retrieval.retriever import ExitRetriever
+from raee_serve.server.admission import Admission
+from raee_serve.server.gate import Gate
+from raee_serve.server.limits import LabelOutputs
+from raee_serve.server.lookup import LookupBatcher
+from raee_serve.server.metrics import DecisionMetrics
+from raee_serve.server.settings import DepthSettings
+
+
+def load_gate(settings: DepthSettings, backbone: BackboneIdentity, checkpoint: Path) -> Gate:
+    """The gate of a server for `backbone`. Raises RaeeError for what does not fit it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    admission, lookups = (
+        _retrieved(settings, backbone, tokenizer) if settings.table else _fixed(settings, backbone)
+    )
+    return Gate(
+        admission=admission,
+        lookups=lookups,
+        detokenize=lambda ids: tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ),
+        metrics=DecisionMetrics(backbone.num_layers),
+    )
+
+
+def _fixed(settings: DepthSettings, backbone: BackboneIdentity) -> tuple[Admission, None]:
+    num_layers = backbone.num_layers
+    layer = num_layers if settings.exit_layer == "full" else _number(settings.exit_layer)
+    if not 1 <= layer <= num_layers:
+        raise RaeeError(
+            f"--exit-layer is {settings.exit_layer!r}; allowed: 1..{num_layers} or 'full'"
+        )
+    print(f"raee-serve: every request runs {layer} of {num_layers} layers", flush=True)
+    return Admission(num_layers, fixed_layer=layer), None
+
+
+def _retrieved(
+    settings: DepthSettings, backbone: BackboneIdentity, tokenizer: Any
+) -> tuple[Admission, LookupBatcher]:
+    assert settings.table is not None
+    retriever = ExitRetriever.open(
+        settings.table,
+        backbone=backbone,
+        encoder=settings.encoder,
+        max_distance=settings.max_distance,
+    )
+    labels = {
+        name: LabelOutputs.of(task, retriever.label_token_ids[name], tokenizer)
+        for name, task in retriever.tasks.items()
+        if task.kind == "labels"
+    }
+    admission = Admission(
+        retriever.num_layers, retriever.tasks, labels, k=settings.k, rule=settings.rule
+    )
+    lookups = LookupBatcher(
+        retriever.decide,
+        num_layers=retriever.num_layers,
+        timeout_s=settings.lookup_timeout_ms / 1000,
+    )
+    k, rule = settings.k or retriever.default_k, settings.rule or retriever.default_rule
+    print(
+        f"raee-serve: exit table {settings.table}: {retriever.num_rows:,} rows, "
+        f"tasks {', '.join(retriever.tasks)}\n"
+        f"raee-serve: look-ups: k {k}, rule {rule}, time-out {settings.lookup_timeout_ms:g} ms",
+        flush=True,
+    )
+    return admission, lookups
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 0

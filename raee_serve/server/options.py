@@ -1,0 +1,103 @@
+"""The `raee` object of a request body: what a client may ask of admission."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from raee_serve.errors import RaeeError
+
+MAX_K = 1024
+"""Most neighbours a client may ask for; keeps one request from costing a pass over the table."""
+
+FIELDS = ("exit_layer", "task", "k", "rule")
+
+
+class OptionError(RaeeError):
+    """A bad `raee` object. `parameter` is the field at fault, as in `raee.k`."""
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+@dataclass(frozen=True, slots=True)
+class RaeeOptions:
+    """What the request asked for; a field left at None is for the server to choose.
+
+    exit_layer: 1..num_layers, "full" having been resolved to num_layers; None means "auto".
+    """
+
+    exit_layer: int | None = None
+    task: str | None = None
+    k: int | None = None
+    rule: str | None = None
+
+
+def parse_options(
+    value: Any, *, num_layers: int, tasks: Collection[str], rules: Collection[str]
+) -> RaeeOptions:
+    """Check a body's `raee` value (None when the body has none).
+
+    tasks: names the loaded table knows; empty when the server runs without a table.
+    Raises OptionError naming the value and what is allowed.
+    """
+    if value is None:
+        return RaeeOptions()
+    if not isinstance(value, dict):
+        raise OptionError("raee", f"raee is {value!r}; allowed: an object with {_list(FIELDS)}")
+    if unknown := [key for key in value if key not in FIELDS]:
+        raise OptionError(
+            f"raee.{unknown[0]}", f"raee has no field {unknown[0]!r}; allowed: {_list(FIELDS)}"
+        )
+    given = {key: item for key, item in value.items() if item is not None}
+    if not tasks and (beside := [key for key in given if key != "exit_layer"]):
+        raise OptionError(
+            f"raee.{beside[0]}",
+            f"raee.{beside[0]} needs an exit table, and this server was started without one "
+            "(--table); allowed: exit_layer",
+        )
+    return RaeeOptions(
+        exit_layer=_exit_layer(given.get("exit_layer", "auto"), num_layers),
+        task=_one_of("task", given.get("task"), tasks),
+        k=check_k(given.get("k")),
+        rule=_one_of("rule", given.get("rule"), rules),
+    )
+
+
+def check_k(value: Any) -> int | None:
+    """A number of neighbours, 1..MAX_K, or None. Raises OptionError."""
+    if value is not None and not (_is_int(value) and 1 <= value <= MAX_K):
+        raise OptionError("raee.k", f"raee.k is {value!r}; allowed: an integer in 1..{MAX_K}")
+    return value
+
+
+def _exit_layer(value: Any, num_layers: int) -> int | None:
+    if value == "auto":
+        return None
+    if value == "full":
+        return num_layers
+    if not (_is_int(value) and 1 <= value <= num_layers):
+        raise OptionError(
+            "raee.exit_layer",
+            f"raee.exit_layer is {value!r}; allowed: an integer in 1..{num_layers}, "
+            "'full' or 'auto'",
+        )
+    return int(value)
+
+
+def _one_of(field: str, value: Any, allowed: Collection[str]) -> str | None:
+    if value is not None and (not isinstance(value, str) or value not in allowed):
+        raise OptionError(
+            f"raee.{field}", f"raee.{field} is {value!r}; allowed: {_list(sorted(allowed))}"
+        )
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list(names: Collection[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,41 @@
+"""How a server chooses depths, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raee_serve.errors import RaeeError
+from raee_serve.retrieval.aggregate import RULES
+from raee_serve.server.options import check_k
+
+
+@dataclass(frozen=True, slots=True)
+class DepthSettings:
+    """How depths are chosen: by a table, or one fixed depth for all.
+
+    table: URI of the exit table; None with `exit_layer`.
+    exit_layer: a number of layers or "full", as typed; None with `table`.
+    k, rule, encoder, max_distance: None leaves them to the table.
+    """
+
+    table: str | None = None
+    exit_layer: str | None = None
+    encoder: str | None = None
+    k: int | None = None
+    rule: str | None = None
+    max_distance: float | None = None
+    lookup_timeout_ms: float = 250.0
+
+    def __post_init__(self) -> None:
+        if (self.table is None) == (self.exit_layer is None):
+            raise RaeeError(
+                "give either --table DIR, for depths retrieved from an exit table, "
+                "or --exit-layer N|full, for one depth for all"
+            )
+        if self.rule is not None and self.rule not in RULES:
+            raise RaeeError(f"--rule is {self.rule!r}; allowed: {', '.join(sorted(RULES))}")
+        if self.lookup_timeout_ms <= 0:
+            raise RaeeError(
+                f"--lookup-timeout-ms is {self.lookup_timeout_ms}; allowed: more than 0"
+            )
+        check_k(self.k)

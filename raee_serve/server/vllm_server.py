@@ -1,0 +1,120 @@
+"""vLLM's OpenAI server around a `DepthClient`: its own parser, engine, routes and flags."""
+
+from __future__ import annotations
+
+import os
+import signal
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vllm import envs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.system_utils import decorate_logs
+
+from raee_serve.errors import RaeeError
+from raee_serve.server.engine_client import DepthClient
+from raee_serve.server.gate import Gate
+from raee_serve.server.middleware import MIDDLEWARE
+
+PLUGIN = "raee"
+"""Name of our `vllm.general_plugins` entry point."""
+
+
+class ServeError(RaeeError):
+    """Serve arguments that cannot work."""
+
+
+def prepare_environment() -> None:
+    """Environment defaults, for this process and the engine's; a user's own settings stand."""
+    cli_env_setup()
+    if current_platform.is_cpu():
+        # The V2 CPU runner is not supported; vLLM picks V1 only while triton has no CPU back end.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+
+def parse_serve_args(rest: Sequence[str]) -> Namespace:
+    """`rest` as `vllm serve` parses it (model, flags, --config), checked.
+
+    Exits as argparse does on a flag that vLLM does not know. Raises ServeError for a missing
+    model and for what raee-serve cannot serve with.
+    """
+    parser = FlexibleArgumentParser(prog="raee-serve")
+    subcommand = ServeSubcommand()
+    subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", *rest])
+    configure_logging_from_args(args)
+    subcommand.validate(args)
+    if not args.model_tag:
+        raise ServeError("no model given; usage: raee-serve serve MODEL --table DIR")
+    problems = [reason for refused, reason in _refusals(args) if refused]
+    if problems:
+        raise ServeError("raee-serve cannot serve with: " + "; ".join(problems))
+    return args
+
+
+def _refusals(args: Namespace) -> Iterator[tuple[bool, str]]:
+    """(refused, why) per front-end feature. The engine's are checked where its config is known."""
+    count, ranks, plugins = args.api_server_count, args.data_parallel_size, envs.VLLM_PLUGINS
+    yield count not in (None, 1), f"--api-server-count {count}; allowed: 1"
+    yield ranks > 1, f"--data-parallel-size {ranks}; allowed: 1"
+    yield args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"
+    yield args.headless, "--headless: admission needs the HTTP server"
+    yield args.grpc, "--grpc: admission reads HTTP requests"
+    yield bool(envs.VLLM_USE_RUST_FRONTEND), "VLLM_USE_RUST_FRONTEND: admission runs in Python"
+    yield (
+        bool(args.revision),
+        (f"--revision {args.revision}: download that revision and give its directory as the model"),
+    )
+    yield (
+        plugins is not None and PLUGIN not in plugins,
+        (
+            f"VLLM_PLUGINS={','.join(plugins or [])}, which keeps our plug-in from loading; "
+            f"add {PLUGIN} or unset it"
+        ),
+    )
+
+
+def with_options(args: Namespace, options: Mapping[str, Any]) -> None:
+    """Put the extension's engine options onto the parsed arguments, in place.
+
+    `additional_config` is merged with the user's. A scheduler or worker class of the user's is
+    refused with ServeError: ours cannot share the engine with another.
+    """
+    for name, value in options.items():
+        given = getattr(args, name)
+        if isinstance(value, dict):
+            value = {**(given or {}), **value}
+        elif name.endswith("_cls") and given not in (None, "auto", value):
+            flag = "--" + name.replace("_", "-")
+            raise ServeError(f"{flag} {given!r} is given; raee-serve needs its own: {value}")
+        setattr(args, name, value)
+
+
+async def serve(args: Namespace, gate: Gate) -> None:
+    """Run the server until it is told to stop.
+
+    It listens only once the engine is up; the gate, with encoder and table, is loaded already.
+    """
+    decorate_logs("APIServer", skip_if_decorated=True)
+    signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn's own handler is in place
+    # Innermost of the user's: what they let through, and nothing else, costs a look-up.
+    args.middleware = [MIDDLEWARE, *args.middleware]
+    address, sock = setup_server(args, reuse_port=False)
+    try:
+        async with build_async_engine_client(args) as engine:
+            stopped = await build_and_serve(DepthClient(engine, gate), address, sock, args)
+        await stopped  # after the engine is gone, as vLLM does
+    finally:
+        gate.close()
+        sock.close()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt("terminated")

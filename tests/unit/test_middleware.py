@@ -1,0 +1,222 @@
+"""Admission around an application: what it changes, and all that it must leave alone."""
+
+import asyncio
+import json
+from argparse import Namespace
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.sampling_params import SamplingParams
+
+from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve.records import ExitDecision, Reason
+from raee_serve.server.admission import Admission
+from raee_serve.server.engine_client import DepthClient, RequestDepths
+from raee_serve.server.gate import Gate
+from raee_serve.server.limits import LabelOutputs
+from raee_serve.server.lookup import LookupBatcher
+from raee_serve.server.metrics import DecisionMetrics
+from raee_serve.server.middleware import RaeeMiddleware
+from raee_serve.table.prompts import CompletionPrompt
+from raee_serve.table.task import Task
+
+pytestmark = pytest.mark.unit
+
+NUM_LAYERS = 30
+TASK = Task("sst2", CompletionPrompt("{text} It was"), ("terrible", "great"))
+LABELS = LabelOutputs(TASK.label_words, TASK.label_texts(), (10, 11), True)
+DECISION = ExitDecision(5, NUM_LAYERS, Reason.RETRIEVED, "sst2", 0.25)
+
+
+class FakeEngine:
+    """Notes the parameters of every generation."""
+
+    vllm_config = "the engine's own"
+
+    def __init__(self):
+        self.params = []
+
+    def generate(self, prompt, sampling_params, request_id):
+        self.params.append(sampling_params)
+        return prompt, request_id
+
+
+class Server:
+    """An application in the place of vLLM's: one generation per prompt, one dict for all."""
+
+    def __init__(self, *, fixed_layer=None, api_key=None):
+        self.engine, self.looked_up, self.bodies = FakeEngine(), [], []
+        self.registry = CollectorRegistry()
+        tasks, labels = ({}, {}) if fixed_layer else ({"sst2": TASK}, {"sst2": LABELS})
+        gate = Gate(
+            admission=Admission(NUM_LAYERS, tasks, labels, fixed_layer=fixed_layer),
+            lookups=LookupBatcher(self.decide, num_layers=NUM_LAYERS, timeout_s=5),
+            detokenize=lambda ids: " ".join("w" for _ in ids) + " It was",
+            metrics=DecisionMetrics(NUM_LAYERS, self.registry),
+        )
+        paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+        guard = Middleware(AuthenticationMiddleware, tokens=[api_key] if api_key else [])
+        self.app = Starlette(
+            routes=[Route(path, self.endpoint, methods=["POST"]) for path in paths],
+            middleware=[Middleware(RaeeMiddleware), *([guard] if api_key else [])],
+        )
+        self.app.state.args = Namespace(api_key=[api_key] if api_key else None)
+        self.app.state.engine_client = DepthClient(self.engine, gate)
+
+    def decide(self, lookups):
+        self.looked_up += [lookup.key_text for lookup in lookups]
+        return [DECISION for _ in lookups]
+
+    async def endpoint(self, request):
+        raw = await request.body()
+        self.bodies.append(raw)
+        if int(request.headers["content-length"]) != len(raw):
+            return JSONResponse("content-length", 500)
+        try:
+            body = json.loads(raw)
+            prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return JSONResponse("no JSON object with a prompt", 400)
+        if not all(isinstance(prompt, str | list) for prompt in prompts) or "bad" in prompts:
+            return JSONResponse("bad prompt", 400)
+        shared = body.get("vllm_xargs") or {}
+        for n, prompt in enumerate(prompts):
+            params = SamplingParams(extra_args=shared, skip_clone=True)
+            request.app.state.engine_client.generate(prompt, params, f"cmpl-{n}")
+        if body.get("stream"):
+            return StreamingResponse(iter([b"data: [DONE]\n\n"]), media_type="text/event-stream")
+        return JSONResponse("ok")
+
+    def post(self, path="/v1/completions", *, content=None, headers=None, **body):
+        async def send():
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                sent = {"content": content} if content is not None else {"json": body}
+                return await client.post(path, **sent, headers=headers)
+
+        return asyncio.run(send())
+
+    def exit_layers(self):
+        return [params.extra_args[EXIT_LAYER_KEY] for params in self.engine.params]
+
+
+ALLOWED = {"allowed_token_ids": [10, 11]}
+
+
+def test_each_prompt_has_its_own_depth_and_its_own_dict():
+    server = Server()
+    xargs = {"mine": 1, EXIT_LAYER_KEY: 2, "raee_other": "x"}
+    answer = server.post(prompt=["a It was", "b", "c It was"], vllm_xargs=xargs, **ALLOWED)
+    assert answer.status_code == 200
+    assert server.exit_layers() == [5, NUM_LAYERS, 5]
+    dicts = [params.extra_args for params in server.engine.params]
+    assert all(set(d) == {"mine", EXIT_LAYER_KEY} for d in dicts)
+    assert len({id(d) for d in dicts}) == 3
+    assert server.looked_up == ["a", "c"]
+    headers = answer.headers
+    assert headers["x-raee-exit-layer"] == "5, 30, 5"
+    assert headers["x-raee-num-layers"] == "30, 30, 30"
+    assert headers["x-raee-reason"] == "retrieved, unmatched, retrieved"
+    assert headers["x-raee-task"] == "sst2, -, sst2"
+    assert headers["x-raee-distance"] == "0.2500, -, 0.2500"
+    assert len(headers["x-raee-lookup-ms"].split(", ")) == 3
+
+
+def test_a_stream_has_the_headers_too():
+    answer = Server().post(prompt="a It was", stream=True, **ALLOWED)
+    assert answer.headers["x-raee-exit-layer"] == "5"
+    assert answer.text == "data: [DONE]\n\n"
+
+
+def test_token_ids_are_matched_by_their_text():
+    server = Server()
+    assert server.post(prompt=[[1, 2], [3]], **ALLOWED).headers["x-raee-exit-layer"] == "5, 5"
+    assert sorted(server.looked_up) == ["w", "w w"]
+
+
+def test_the_body_that_goes_on_is_without_raee_and_limited():
+    server = Server()
+    assert server.post(prompt="film", raee={"task": "sst2"}).status_code == 200
+    (raw,) = server.bodies
+    assert json.loads(raw) == {"prompt": "film", "allowed_token_ids": [10, 11], "max_tokens": 1}
+    assert server.looked_up == ["film"]
+
+
+def test_a_bad_option_is_an_openai_error_and_never_reaches_the_application():
+    server = Server()
+    answer = server.post(prompt="film", raee={"k": 0})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["type"] == "BadRequestError" and error["code"] == 400
+    assert error["param"] == "raee.k" and "1..1024" in error["message"]
+    assert not server.bodies and "x-raee-exit-layer" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "raw", [b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"prompt": 7}', b"[" * 100_000, b"{}"]
+)
+def test_what_is_no_request_reaches_the_application_as_it_came(raw):
+    server = Server()
+    answer = server.post(content=raw, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert server.bodies == [raw]
+
+
+def test_other_content_types_and_routes_are_left_alone():
+    server = Server()
+    sent = json.dumps({"prompt": "a It was", "raee": {"k": 0}}).encode()
+    assert server.post(content=sent, headers={"content-type": "text/plain"}).status_code == 200
+    answer = server.post("/v1/responses", prompt="a It was", vllm_xargs={EXIT_LAYER_KEY: 3})
+    assert "x-raee-exit-layer" not in answer.headers
+    assert server.bodies[0] == sent and not server.looked_up
+    assert server.exit_layers() == [NUM_LAYERS, NUM_LAYERS]
+
+
+def test_errors_of_the_application_carry_no_decision():
+    answer = Server().post(prompt="bad")
+    assert answer.status_code == 400 and "x-raee-exit-layer" not in answer.headers
+
+
+def test_without_the_api_key_nothing_is_looked_up_and_nothing_about_options_is_told():
+    server = Server(api_key="secret")
+    for headers in ({}, {"authorization": "Bearer wrong"}):
+        answer = server.post(prompt="a It was", raee={"k": 0}, headers=headers)
+        assert answer.status_code == 401
+    assert not server.looked_up
+    answer = server.post(prompt="a It was", headers={"authorization": "Bearer secret"}, **ALLOWED)
+    assert answer.status_code == 200 and server.looked_up == ["a"]
+
+
+def test_a_fixed_depth_reaches_routes_that_admission_does_not_read():
+    server = Server(fixed_layer=7)
+    assert server.post(prompt="a").headers["x-raee-reason"] == "override"
+    server.post("/v1/responses", prompt="a")
+    assert server.exit_layers() == [7, 7]
+
+
+def test_more_generations_than_prompts_run_at_full_depth_unless_all_are_alike():
+    alike, mixed = RequestDepths([5, 5]), RequestDepths([5, 9])
+    assert [alike.take() for _ in range(4)] == [5, 5, 5, 5]
+    assert [mixed.take() for _ in range(3)] == [5, 9, None]
+
+
+def test_the_rest_of_the_engine_is_the_engines():
+    server = Server()
+    assert server.app.state.engine_client.vllm_config == "the engine's own"
+
+
+def test_decisions_are_counted():
+    server = Server()
+    server.post(prompt=["a It was", "b"], **ALLOWED)
+    value = server.registry.get_sample_value
+    assert value("raee_decisions_total", {"reason": "retrieved", "task": "sst2"}) == 1
+    assert value("raee_decisions_total", {"reason": "unmatched", "task": "-"}) == 1
+    assert value("raee_exit_layer_bucket", {"le": "5.0"}) == 1
+    assert value("raee_exit_layer_count") == 2
+    assert value("raee_lookup_seconds_count") == 1
