@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
-from raee_serve_patches.seam import Seam
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
+from raee_serve_patches.seam import Seam
 
 SEAM = Seam(
     "v1_step",

@@ -3,11 +3,11 @@
 from typing import Any
 
 import vllm
-from raee_serve_patches import check_seams
 from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from raee_serve.engine.settings import SCHEDULER_CLS, WORKER_CLS
+from raee_serve_patches import check_seams
 
 SUPPORTED_VLLM = "0.32."
 

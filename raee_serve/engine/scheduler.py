@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from raee_serve_patches.request_salt import salt_block_hashes
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -11,6 +10,7 @@ from vllm.v1.request import Request
 
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve_patches.request_salt import salt_block_hashes
 
 logger = init_logger(f"vllm.{__name__}")
 

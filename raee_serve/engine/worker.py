@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from raee_serve_patches.v1_step import V1Step
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.models import SUPPORTED
 from raee_serve.engine.models.truncated import TruncatedExecution
+from raee_serve_patches.v1_step import V1Step
 
 
 class TruncatingCPUWorker(CPUWorker):

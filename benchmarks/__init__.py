@@ -1,0 +1,1 @@
+"""Speed, measured: run a file with `python -m benchmarks.NAME`."""

@@ -1,0 +1,50 @@
+"""One engine in a process of its own: reads jobs as JSON lines, answers with seconds."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+
+def main() -> None:
+    """First line in: engine arguments. Then a job a line; each answer is one JSON line."""
+    jobs = iter(sys.stdin.readline, "")
+    start = time.perf_counter()
+    llm = LLM(**json.loads(next(jobs)))
+    config = llm.llm_engine.model_config
+    answer(startup_s=time.perf_counter() - start, vocab_size=config.get_vocab_size())
+    for line in jobs:
+        answer(seconds=run(llm, json.loads(line)))
+
+
+def run(llm: LLM, job: dict[str, Any]) -> float:
+    """Wall-clock seconds of one job; raises if a request gave another number of tokens."""
+    exits = job["exit_layers"] or [None] * len(job["prompts"])
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=job["output_len"],
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if d is None else {"raee_exit_layer": d},
+        )
+        for d in exits
+    ]
+    prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    lengths = {len(o.outputs[0].token_ids) for o in outputs}
+    if lengths != {job["output_len"]}:
+        raise RuntimeError(f"output lengths {lengths}; asked for {job['output_len']}")
+    return seconds
+
+
+def answer(**fields: Any) -> None:
+    print("ANSWER" + json.dumps(fields), flush=True)
+
+
+if __name__ == "__main__":
+    main()

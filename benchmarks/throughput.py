@@ -1,0 +1,203 @@
+"""Truncated execution against vanilla vLLM and against checkpoints physically cut.
+
+All systems live side by side and take turns in the order A B B A; one that waits is stopped
+(SIGSTOP). Every figure is a ratio of times measured next to each other in the same run.
+
+- full_depth_ratio: this at full depth / vanilla (throughput).
+- speedup: this at depth d / vanilla.
+- efficiency: this at depth d / vanilla on the checkpoint cut to d layers.
+- mixed_efficiency: ideal time / measured time of a batch of mixed depths. With depths
+  d1 < .. < dm and n_i requests at d_i or deeper, the ideal is T(d1, n1) + sum over i > 1 of
+  T(d_i, n_i) - T(d_{i-1}, n_i), where T(d, n) is vanilla's time on the cut checkpoint.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.statistics import Ratio, paired_ratio
+from benchmarks.systems import System
+from benchmarks.workloads import WORKLOADS, Workload
+from raee_serve.checkpoints import local_checkpoint
+from raee_serve.cut import cut_checkpoint
+from raee_serve.engine.settings import engine_options
+from raee_serve.fingerprint import identify_backbone
+
+MIXES = ("random over 6 depths", "half shallow, half full")
+
+
+class Comparison:
+    """The systems of one model and dtype, started once and asked in turns."""
+
+    def __init__(self, model: str, dtype: str, workdir: Path) -> None:
+        self.checkpoint = local_checkpoint(model)
+        self.dtype = dtype
+        self.num_layers = identify_backbone(self.checkpoint).num_layers
+        self._workdir = workdir
+        self._cut: dict[int, System] = {}
+        self.vanilla = self._start("vanilla", self.checkpoint, {})
+        self.ours = self._start("raee-serve", self.checkpoint, engine_options())
+        self._seed = 0
+
+    def cut(self, depth: int) -> System:
+        """Vanilla on the checkpoint cut to `depth` layers; full depth is `vanilla` itself."""
+        if depth == self.num_layers:
+            return self.vanilla
+        if depth not in self._cut:
+            path = cut_checkpoint(self.checkpoint, depth, self._workdir / str(depth))
+            self._cut[depth] = self._start(f"cut to {depth}", path, {})
+        return self._cut[depth]
+
+    def run(self, system: System, workload: Workload, exit_layers: list[int] | None) -> float:
+        job = workload.job(self._seed, system.vocab_size, exit_layers)
+        return system.seconds(job)
+
+    def next_round(self) -> None:
+        """New prompts from here on, the same for every system of the round."""
+        self._seed += 1
+
+    def close(self) -> None:
+        for system in (self.vanilla, self.ours, *self._cut.values()):
+            system.close()
+
+    def _start(self, name: str, path: Path, options: dict[str, Any]) -> System:
+        print(f"starting {name} ...", flush=True)
+        return System(name, path, self.dtype, options)
+
+
+def take_turns(
+    runs: dict[str, Callable[[], float]], rounds: int, before_round: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Times of each run by name: `rounds` rounds in the order A B B A, after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        before_round()
+        for name in list(runs) if i % 2 else reversed(runs):
+            seconds = runs[name]()
+            if i > 0:
+                times[name].append(seconds)
+    return times
+
+
+def uniform(comparison: Comparison, workload: Workload, depth: int, pairs: int) -> dict[str, Ratio]:
+    """Speed-up over vanilla and efficiency against the cut checkpoint at one depth."""
+    exits = [depth] * workload.num_requests
+    runs = {
+        "ours": partial(comparison.run, comparison.ours, workload, exits),
+        "cut": partial(comparison.run, comparison.cut(depth), workload, None),
+    }
+    if depth < comparison.num_layers:
+        runs["vanilla"] = partial(comparison.run, comparison.vanilla, workload, None)
+    times = take_turns(runs, pairs, comparison.next_round)
+    return {
+        "speedup": paired_ratio(times.get("vanilla", times["cut"]), times["ours"]),
+        "efficiency": paired_ratio(times["cut"], times["ours"]),
+    }
+
+
+def mixed(comparison: Comparison, workload: Workload, exits: list[int], pairs: int) -> Ratio:
+    """Ideal time over measured time of one batch of mixed depths."""
+    depths = sorted(set(exits))
+    alive = {d: sum(e >= d for e in exits) for d in depths}
+    runs = {
+        "ours": partial(comparison.run, comparison.ours, workload, exits),
+        "ideal": partial(ideal_seconds, comparison, workload, depths, alive),
+    }
+    times = take_turns(runs, pairs, comparison.next_round)
+    return paired_ratio(times["ideal"], times["ours"])
+
+
+def ideal_seconds(
+    comparison: Comparison, workload: Workload, depths: list[int], alive: dict[int, int]
+) -> float:
+    """The ideal of the module's docstring, from cut checkpoints timed now."""
+
+    def vanilla_seconds(depth: int, num_requests: int) -> float:
+        part = Workload(workload.name, num_requests, workload.prompt_len, workload.output_len)
+        return comparison.run(comparison.cut(depth), part, None)
+
+    seconds = vanilla_seconds(depths[0], alive[depths[0]])
+    for shallower, deeper in pairwise(depths):
+        n = alive[deeper]
+        seconds += vanilla_seconds(deeper, n) - vanilla_seconds(shallower, n)
+    return seconds
+
+
+def mixes(num_layers: int, num_requests: int) -> dict[str, list[int]]:
+    """Exit layers of each mix; seeded, the same in every run."""
+    six = [max(1, round(num_layers * i / 6)) for i in range(1, 7)]
+    rng = random.Random(0)
+    shallow = max(1, round(num_layers / 3))
+    half = [shallow, num_layers] * (num_requests // 2)
+    return dict(zip(MIXES, ([rng.choice(six) for _ in range(num_requests)], half), strict=True))
+
+
+def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
+    comparison = Comparison(args.model, args.dtype, workdir)
+    n = comparison.num_layers
+    depths = args.depths or sorted({round(n / 3), round(n / 2), round(2 * n / 3)})
+    result: dict[str, Any] = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "num_layers": n,
+        "pairs": args.pairs,
+        "machine": machine(),
+        "startup_ratio": round(comparison.ours.startup_s / comparison.vanilla.startup_s, 3),
+        "full_depth_ratio": {},
+        "uniform": {},
+        "mixed_efficiency": {},
+    }
+    try:
+        for name in args.workloads:
+            workload = WORKLOADS[name]
+            full = uniform(comparison, workload, n, args.pairs)["efficiency"]
+            report(name, "full depth / vanilla", full)
+            result["full_depth_ratio"][name] = full.as_dict()
+            result["uniform"][name] = {}
+            for depth in depths:
+                ratios = uniform(comparison, workload, depth, args.pairs)
+                for kind, ratio in ratios.items():
+                    report(name, f"depth {depth} of {n}: {kind}", ratio)
+                result["uniform"][name][depth] = {k: r.as_dict() for k, r in ratios.items()}
+            if workload.num_requests == 1 or args.no_mixes:
+                continue
+            result["mixed_efficiency"][name] = {}
+            for mix, exits in mixes(n, workload.num_requests).items():
+                ratio = mixed(comparison, workload, exits, args.pairs)
+                report(name, f"{mix}: ideal / measured", ratio)
+                result["mixed_efficiency"][name][mix] = ratio.as_dict()
+    finally:
+        comparison.close()
+    return result
+
+
+def report(workload: str, what: str, ratio: Ratio) -> None:
+    print(f"{workload:14} {what:44} {ratio}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--depths", nargs="+", type=int)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--no-mixes", action="store_true")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    args = parser.parse_args()
+    print(machine())
+    with tempfile.TemporaryDirectory() as workdir:
+        result = measure(args, Path(workdir))
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

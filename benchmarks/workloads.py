@@ -1,0 +1,44 @@
+"""What the systems are given to do."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of one shape: `prompt_len` random tokens in, exactly `output_len` tokens out."""
+
+    name: str
+    num_requests: int
+    prompt_len: int
+    output_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens of one run."""
+        return self.num_requests * (self.prompt_len + self.output_len)
+
+    def job(
+        self, seed: int, vocab_size: int, exit_layers: list[int] | None = None
+    ) -> dict[str, Any]:
+        """One run's prompts; a new seed gives new prompts, so no run meets a cached prefix.
+
+        exit_layers: [num_requests], or `None` for systems that know no exits.
+        """
+        rng = random.Random(f"{self.name}-{seed}")
+        prompts = [
+            [rng.randrange(10, vocab_size) for _ in range(self.prompt_len)]
+            for _ in range(self.num_requests)
+        ]
+        return {"prompts": prompts, "output_len": self.output_len, "exit_layers": exit_layers}
+
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("decode-heavy", 64, 32, 64),
+        Workload("prefill-heavy", 64, 512, 1),
+        Workload("single", 1, 32, 64),
+    )
+}

@@ -1,0 +1,39 @@
+"""What a checkpoint cut to its first layers would have said, by Transformers in float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from raee_serve.cut import cut_checkpoint
+
+TIE = 1e-4
+"""Logit distance within which two greedy choices count as equal (invariant 2)."""
+
+
+def greedy_mismatches(
+    checkpoint: Path,
+    depth: int,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    workdir: Path,
+) -> list[tuple[int, int, float]]:
+    """Places where greedy decoding of the cut checkpoint would have gone another way.
+
+    Each completion is forced on the cut model; since every token must be its greedy choice
+    given all before it, none wrong means the whole greedy sequences are equal.
+    Returns (prompt index, token index, logit distance to the best) of each wrong token.
+    """
+    cut = cut_checkpoint(checkpoint, depth, workdir / f"{checkpoint.name}-{depth}")
+    model = AutoModelForCausalLM.from_pretrained(cut, dtype=torch.float32).eval()
+    wrong = []
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens = torch.tensor([[*prompt, *completion]])
+        with torch.inference_mode():
+            kept = len(completion) + 1
+            logits = model(tokens, use_cache=False, logits_to_keep=kept).logits[0, :-1]
+        chosen = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        behind = logits.max(dim=1).values - chosen
+        wrong += [(index, i, d) for i, d in enumerate(behind.tolist()) if d > TIE]
+    return wrong
