@@ -7,6 +7,8 @@ import pytest
 
 from raee_serve.checkpoints import resolve_backbone, resolve_encoder
 
+REPOSITORY = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
@@ -29,7 +31,7 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The real data sets; tests that need them are skipped where they are not."""
-    root = Path(os.environ.get("RAEE_DATA", "../shared/data"))
+    root = Path(os.environ.get("RAEE_DATA") or REPOSITORY.parent / "shared" / "data")
     if not root.is_dir():
         pytest.skip(f"no data sets at {root} (set RAEE_DATA)")
     return root
