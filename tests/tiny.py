@@ -23,9 +23,22 @@ SIZES = {
 }
 
 
-def tiny_llama(num_layers: int = 4, *, tied: bool = False) -> LlamaForCausalLM:
+ENGINE_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+}
+"""Large enough for vLLM's CPU attention; pass as `**ENGINE_SIZES`."""
+
+
+def tiny_llama(num_layers: int = 4, *, tied: bool = False, **sizes: float) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, num_hidden_layers=num_layers, tie_word_embeddings=tied)
+    config = LlamaConfig(
+        **{**SIZES, **sizes}, num_hidden_layers=num_layers, tie_word_embeddings=tied
+    )
     return LlamaForCausalLM(config).eval()
 
 

@@ -1,15 +1,25 @@
-"""What a checkpoint cut to its first layers would have said, by Transformers in float32."""
+"""What a checkpoint cut to its first layers would have said, by Transformers in float32.
+
+The layers are dropped from the loaded model; that a checkpoint cut on disk is the same model is
+`tests/unit/test_cut.py`'s business, and saves writing nine of them here.
+"""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
-
-from raee_serve.cut import cut_checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TIE = 1e-4
 """Logit distance within which two greedy choices count as equal (invariant 2)."""
+
+
+@lru_cache(maxsize=1)
+def loaded(checkpoint: Path) -> tuple[PreTrainedModel, torch.nn.ModuleList]:
+    """The model and all of its layers; the last checkpoint asked for stays in memory."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return model, model.model.layers
 
 
 def greedy_mismatches(
@@ -17,7 +27,6 @@ def greedy_mismatches(
     depth: int,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    workdir: Path,
 ) -> list[tuple[int, int, float]]:
     """Places where greedy decoding of the cut checkpoint would have gone another way.
 
@@ -25,8 +34,9 @@ def greedy_mismatches(
     given all before it, none wrong means the whole greedy sequences are equal.
     Returns (prompt index, token index, logit distance to the best) of each wrong token.
     """
-    cut = cut_checkpoint(checkpoint, depth, workdir / f"{checkpoint.name}-{depth}")
-    model = AutoModelForCausalLM.from_pretrained(cut, dtype=torch.float32).eval()
+    model, layers = loaded(checkpoint)
+    model.model.layers = layers[:depth]
+    model.config.num_hidden_layers = depth
     wrong = []
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         tokens = torch.tensor([[*prompt, *completion]])

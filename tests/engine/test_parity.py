@@ -26,7 +26,7 @@ def generate(served, requests, exit_layers):
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
-def test_mixed_depths_equal_cut_checkpoints(served, tmp_path):
+def test_mixed_depths_equal_cut_checkpoints(served):
     requests = mixed_requests(served.num_layers, served.vocab_size, served.first_token)
     assert len({r.exit_layer for r in requests}) >= 8
     assert sum(len(r.prompt) > CHUNK for r in requests) >= 8
@@ -37,9 +37,7 @@ def test_mixed_depths_equal_cut_checkpoints(served, tmp_path):
     for depth in sorted({r.exit_layer for r in requests}):
         at_depth = [i for i, r in enumerate(requests) if r.exit_layer == depth]
         prompts = [requests[i].prompt for i in at_depth]
-        found = greedy_mismatches(
-            served.checkpoint, depth, prompts, [tokens[i] for i in at_depth], tmp_path
-        )
+        found = greedy_mismatches(served.checkpoint, depth, prompts, [tokens[i] for i in at_depth])
         wrong += [(depth, at_depth[i], place, behind) for i, place, behind in found]
     assert wrong == [], f"(depth, request, token, logits behind the best): {wrong}"
 
