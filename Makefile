@@ -32,7 +32,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml setup.py scripts/requirements.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV); the first time this downloads about a gigabyte."
+	@echo "Installing into $(VENV); the first time this takes some minutes."
 	$(PY) scripts/requirements.py bare > $(VENV)/bare.txt
 	$(PIP) --quiet --no-deps -r $(VENV)/bare.txt
 	$(PY) scripts/requirements.py rest > $(VENV)/rest.txt
