@@ -1,0 +1,85 @@
+"""Ask a running server about a task's texts, as a user of the openai SDK would."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from raee_serve.table.task import Task
+
+SUMMARY_TOKENS = 64
+"""Output length for free text; one token is enough to tell label words apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A server's answer to one prompt and what its headers say about the decision."""
+
+    text: str
+    exit_layer: int
+    num_layers: int
+    reason: str
+    distance: str
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Asks `model` at `client`; `raee` goes along with every request beside the task's name."""
+
+    client: AsyncOpenAI
+    model: str
+
+    async def ask(self, task: Task, text: str, raee: Mapping[str, Any]) -> Answer:
+        """The answer to one text, greedily sampled."""
+        start = time.perf_counter()
+        prompt = task.render(text)
+        common: dict[str, Any] = {
+            "model": self.model,
+            "temperature": 0.0,
+            "max_tokens": 1 if task.kind == "labels" else SUMMARY_TOKENS,
+            "extra_body": {"raee": {"task": task.name, **raee}},
+        }
+        if isinstance(prompt, str):
+            raw = await self.client.completions.with_raw_response.create(prompt=prompt, **common)
+            said = raw.parse().choices[0].text
+        else:
+            chat = self.client.chat.completions.with_raw_response
+            raw = await chat.create(messages=prompt, **common)
+            said = raw.parse().choices[0].message.content
+        return Answer(
+            text=said or "",
+            exit_layer=int(raw.headers["x-raee-exit-layer"]),
+            num_layers=int(raw.headers["x-raee-num-layers"]),
+            reason=raw.headers["x-raee-reason"],
+            distance=raw.headers["x-raee-distance"],
+            latency_s=time.perf_counter() - start,
+        )
+
+    async def ask_all(
+        self, task: Task, texts: Sequence[str], raee: Mapping[str, Any], concurrency: int
+    ) -> tuple[list[Answer], float]:
+        """Answers in the order of `texts`, and requests per second with `concurrency` at once."""
+        free = asyncio.Semaphore(concurrency)
+
+        async def one(text: str) -> Answer:
+            async with free:
+                return await self.ask(task, text, raee)
+
+        start = time.perf_counter()
+        answers = await asyncio.gather(*(one(text) for text in texts))
+        return answers, len(texts) / (time.perf_counter() - start)
+
+
+def asker(base_url: str, model: str) -> Asker:
+    """An asker for the server at `base_url`, with or without /v1. The key is OPENAI_API_KEY's."""
+    import os
+
+    url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    return Asker(AsyncOpenAI(base_url=url, api_key=key), model)

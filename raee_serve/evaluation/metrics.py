@@ -1,0 +1,78 @@
+"""Quality of answers to a task: accuracy, Matthews correlation (cola), ROUGE-L (free text)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from raee_serve.table.task import Task
+
+MATTHEWS_TASKS = frozenset({"cola"})
+"""Tasks whose labels are too uneven for accuracy; the GLUE benchmark scores them so."""
+
+
+def metric_name(task: Task) -> str:
+    if task.kind == "free-text":
+        return "rouge_l"
+    return "matthews" if task.name in MATTHEWS_TASKS else "accuracy"
+
+
+def score(task: Task, answers: Sequence[str], golds: Sequence[int | str]) -> float:
+    """Quality of `answers`, in gold order: ROUGE-L and accuracy within 0..1, Matthews -1..1."""
+    if task.kind == "free-text":
+        return rouge_l(answers, [str(gold) for gold in golds])
+    predicted = [predicted_label(task, answer) for answer in answers]
+    labels = [int(gold) for gold in golds]
+    if metric_name(task) == "matthews":
+        return matthews(predicted, labels, len(task.label_words))
+    return accuracy(predicted, labels)
+
+
+def predicted_label(task: Task, answer: str) -> int | None:
+    """Index of the label word that `answer` is, or is the only one to begin with.
+
+    One token is enough to tell the label words of a task apart, but may be a part of the word.
+    """
+    said = answer.strip()
+    if said in task.label_words:
+        return task.label_words.index(said)
+    begun = [i for i, word in enumerate(task.label_words) if said and word.startswith(said)]
+    return begun[0] if len(begun) == 1 else None
+
+
+def accuracy(predicted: Sequence[int | None], golds: Sequence[int]) -> float:
+    """Share of equal pairs; 0 for none at all."""
+    if not golds:
+        return 0.0
+    return sum(p == g for p, g in zip(predicted, golds, strict=True)) / len(golds)
+
+
+def matthews(predicted: Sequence[int | None], golds: Sequence[int], num_labels: int) -> float:
+    """Correlation of predicted and gold labels over any number of classes; 0 if one is constant.
+
+    Gorodkin (2004), "Comparing two K-category assignments by a K-category correlation
+    coefficient". An answer that is no label counts as a class of its own.
+    """
+    confusion = np.zeros((num_labels + 1, num_labels + 1))
+    for p, g in zip(predicted, golds, strict=True):
+        confusion[g, num_labels if p is None else p] += 1
+    total, correct = confusion.sum(), confusion.trace()
+    gold_counts, predicted_counts = confusion.sum(axis=1), confusion.sum(axis=0)
+    covariance = correct * total - gold_counts @ predicted_counts
+    spread = (total**2 - predicted_counts @ predicted_counts) * (
+        total**2 - gold_counts @ gold_counts
+    )
+    return float(covariance / np.sqrt(spread)) if spread else 0.0
+
+
+def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Mean ROUGE-L F1, words stemmed; 0 for none at all."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [
+        scorer.score(reference, answer)["rougeL"].fmeasure
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+    return float(np.mean(scores)) if scores else 0.0

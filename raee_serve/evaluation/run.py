@@ -1,0 +1,114 @@
+"""`raee-serve eval`: tasks at full depth and at retrieved depths, through the server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from raee_serve.errors import RaeeError
+from raee_serve.evaluation.asking import Asker, asker
+from raee_serve.evaluation.report import TaskResult, as_json, as_table
+from raee_serve.evaluation.server_process import running_server
+from raee_serve.table.datasets import Example, load_examples
+from raee_serve.table.task import Task
+from raee_serve.table.tasks import get_task
+
+PATIENT_TIMEOUT_MS = 60_000
+OWN_SERVER_FLAGS = ("--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS), "--no-enable-prefix-caching")
+"""So that quality is not a matter of time-outs, and the second run gains nothing from the first."""
+WARM_UP = 8
+"""Requests before anything is timed, at full and at retrieved depth each."""
+
+DESCRIPTION = """Ask a server about a task's test rows, once at full depth and once at retrieved
+depths, and compare quality, depth and speed. Starts a server of its own unless --base-url names
+one; flags not listed here go to that server. The last line is one JSON object."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.allow_abbrev = False
+    parser.add_argument("--model", required=True, help="backbone, or the model name at --base-url")
+    parser.add_argument("--table", metavar="DIR", help="exit table; not needed with --base-url")
+    parser.add_argument("--task", action="append", required=True, help="repeat for several")
+    parser.add_argument(
+        "--data",
+        metavar="ROOT",
+        default=os.environ.get("RAEE_DATA", "../shared/data"),
+        help="data directory, or 'hub' (default: RAEE_DATA, else ../shared/data)",
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="test rows a task")
+    parser.add_argument("--base-url", metavar="URL", help="a running raee-serve")
+    parser.add_argument("--rule", help="aggregation rule; the server's default if not given")
+    parser.add_argument("--k", type=int, help="neighbours; the server's default if not given")
+    parser.add_argument("--concurrency", type=_positive, default=32, help="default: 32")
+    parser.add_argument("--seed", type=int, default=0, help="of the row shuffle (default: 0)")
+
+
+def run(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
+    """Evaluate and print. Raises RaeeError for unknown tasks, missing data or a failing server."""
+    tasks = [get_task(name) for name in args.task]
+    examples = {task.name: shuffled_rows(task, args.data, args.limit, args.seed) for task in tasks}
+    raee = {key: value for key in ("rule", "k") if (value := getattr(args, key)) is not None}
+    with _server(args, rest) as url:
+        results = asyncio.run(
+            evaluate(asker(url, args.model), tasks, examples, raee, args.concurrency)
+        )
+    print(as_table(results))
+    print(as_json(results), flush=True)
+
+
+def shuffled_rows(task: Task, root: str | None, limit: int | None, seed: int) -> list[Example]:
+    """The first `limit` rows of a seeded shuffle of the task's test split."""
+    rows = load_examples(task, "test", root)
+    random.Random(seed).shuffle(rows)
+    return rows[:limit]
+
+
+async def evaluate(
+    server: Asker,
+    tasks: Sequence[Task],
+    examples: dict[str, list[Example]],
+    raee: dict[str, Any],
+    concurrency: int,
+) -> dict[str, TaskResult]:
+    """Each task's result, in task order. `raee` (rule, k) applies to the retrieved run."""
+    results = {}
+    for task in tasks:
+        rows = examples[task.name]
+        texts, golds = [row.text for row in rows], [row.gold for row in rows]
+        full_depth = {"exit_layer": "full"}
+        for options in (full_depth, raee):
+            await server.ask_all(task, texts[:WARM_UP], options, concurrency)
+        full = await server.ask_all(task, texts, full_depth, concurrency)
+        retrieved = await server.ask_all(task, texts, raee, concurrency)
+        results[task.name] = TaskResult.of(task, golds, full, retrieved)
+        print(f"raee-serve: {task.name}: {len(rows)} rows asked twice", flush=True)
+    return results
+
+
+def _server(args: argparse.Namespace, rest: Sequence[str]) -> AbstractContextManager[str]:
+    if args.base_url:
+        if rest:
+            raise RaeeError(f"flags {' '.join(rest)} are for a server that --base-url replaces")
+        return nullcontext(args.base_url)
+    if not args.table:
+        raise RaeeError("give --table DIR, or --base-url URL of a running raee-serve")
+    print(
+        f"raee-serve: starting a server with a look-up time-out of {PATIENT_TIMEOUT_MS / 1000:g} s "
+        "(so that quality is not a matter of time-outs) and without prefix caching (so that the "
+        "second run gains nothing from the first)",
+        flush=True,
+    )
+    return running_server(args.model, ["--table", args.table, *OWN_SERVER_FLAGS, *rest])
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
