@@ -1,0 +1,59 @@
+"""Exit information from what a table stores, in pure NumPy.
+
+Exit information of a row at a layer: the probability of the gold answer if that layer gets it
+right, else 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raee_serve.table.schema import TaskEntry, TaskRows
+
+AGREEMENT = 0.9
+"""A layer gets free text right if it picks full depth's token at this share of the reference's
+positions: below that, text generated at the layer soon parts from full depth's."""
+
+
+def evidence_of(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np.float32]:
+    """[n, num_layers] exit information of a task's rows, of either kind."""
+    if entry.kind == "labels":
+        assert rows.label_logprobs is not None and rows.golds is not None
+        return label_evidence(rows.label_logprobs, rows.golds)
+    assert rows.reference_logprob is not None and rows.agreement is not None
+    return free_text_evidence(rows.reference_logprob, rows.agreement, entry.layers, num_layers)
+
+
+def label_evidence(
+    label_logprobs: NDArray[np.float32], golds: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """[n, num_layers, num_labels] log-probabilities and [n] label indices -> [n, num_layers].
+
+    p(gold) where gold is the most probable label word, else 0. Of equally probable words the first
+    counts as the prediction, as in a greedy sampler.
+    """
+    right = label_logprobs.argmax(axis=-1) == golds[:, None]
+    gold_logprobs = np.take_along_axis(label_logprobs, golds[:, None, None], axis=-1)[..., 0]
+    return np.where(right, np.exp(gold_logprobs), 0).astype(np.float32)
+
+
+def free_text_evidence(
+    reference_logprob: NDArray[np.float32],
+    agreement: NDArray[np.float32],
+    layers: Sequence[int],
+    num_layers: int,
+) -> NDArray[np.float32]:
+    """[n, len(layers)] twice -> [n, num_layers]; layers that were not probed hold 0.
+
+    exp(mean log-probability of the reference's tokens) where agreement >= AGREEMENT, else 0; full
+    depth (the last of `layers`) agrees with itself and so always counts.
+    """
+    assert layers[-1] == num_layers, f"full depth {num_layers} missing from layers {layers}"
+    right = agreement >= AGREEMENT
+    right[:, -1] = True
+    evidence = np.zeros((len(reference_logprob), num_layers), np.float32)
+    evidence[:, np.array(layers) - 1] = np.where(right, np.exp(reference_logprob), 0)
+    return evidence
