@@ -67,7 +67,7 @@ def exit_layers(
 
 
 def neighbour_weights(distances: NDArray) -> Array:
-    """[..., k] -> [..., k]: nearest distance over own distance, within (0, 1]; the nearest has 1."""
+    """[..., k] -> [..., k]: nearest distance over own distance, within (0, 1], nearest 1."""
     clipped = np.maximum(distances.astype(np.float64), MIN_DISTANCE)
     return clipped.min(axis=-1, keepdims=True) / clipped
 

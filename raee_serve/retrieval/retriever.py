@@ -1,0 +1,200 @@
+"""Exit decisions for prompts: embed their key texts, search the table's rows, aggregate."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raee_serve.errors import RaeeError, TableError
+from raee_serve.fingerprint import BackboneIdentity
+from raee_serve.records import ExitDecision, Reason
+from raee_serve.retrieval.aggregate import DEFAULT_K, DEFAULT_RULE, RULES, decide
+from raee_serve.retrieval.encoder import Encoder
+from raee_serve.table.evidence import evidence_of
+from raee_serve.table.schema import TableMetadata
+from raee_serve.table.store import ExitTable
+from raee_serve.table.task import Task
+from raee_serve.table.tasks import TASKS
+
+BOUND_QUANTILE = 0.99
+BOUND_SAMPLE = 1000
+"""A prompt is far if its nearest row is farther than the nearest other row is from nearly all
+(BOUND_QUANTILE) of the task's own rows, judged on up to BOUND_SAMPLE of them."""
+MIN_BOUND = 1e-3
+"""Least distance bound: the same text embedded in another batch differs by about 1e-6, so that a
+task with a single row still knows its own text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What to look up for one prompt.
+
+    candidates: names of the tasks it may belong to, one or more; rows of all of them are searched.
+    key_text: what the prompt says in the template's slot. k, rule: None for the defaults.
+    """
+
+    candidates: tuple[str, ...]
+    key_text: str
+    k: int | None = None
+    rule: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskIndex:
+    """The rows of one task, as a look-up needs them.
+
+    vectors: [n, dimension] float32, L2-normalised; evidence: [n, num_layers] float32, see
+    `aggregate`; distance_bound: cosine distance beyond which the nearest row says nothing.
+    """
+
+    vectors: NDArray[np.float32]
+    evidence: NDArray[np.float32]
+    distance_bound: float
+
+
+class ExitRetriever:
+    """Decides exits from rows held in memory; the table is not touched after `open`."""
+
+    default_k = DEFAULT_K
+    default_rule = DEFAULT_RULE
+
+    def __init__(
+        self, encoder: Encoder, metadata: TableMetadata, indexes: Mapping[str, TaskIndex]
+    ) -> None:
+        self._encoder = encoder
+        self._vectors = np.concatenate([index.vectors for index in indexes.values()])
+        self._evidence = np.concatenate([index.evidence for index in indexes.values()])
+        self._names = tuple(indexes)
+        self._bounds = [index.distance_bound for index in indexes.values()]
+        sizes = [len(index.vectors) for index in indexes.values()]
+        self._owner = np.repeat(np.arange(len(sizes)), sizes)  # row -> position in _names
+        ends = np.cumsum(sizes)
+        self._spans = {
+            name: slice(end - size, end)
+            for name, end, size in zip(indexes, ends, sizes, strict=True)
+        }
+        self.num_rows = len(self._vectors)
+        self.num_layers = metadata.backbone.num_layers
+        self.tasks: Mapping[str, Task] = {name: TASKS[name] for name in indexes}
+        self.label_token_ids: Mapping[str, tuple[int, ...]] = {
+            name: metadata.tasks[name].label_token_ids for name in indexes
+        }
+
+    @classmethod
+    def open(
+        cls, uri: str, *, backbone: BackboneIdentity, encoder: str | None = None
+    ) -> ExitRetriever:
+        """Loads a table and its encoder (`encoder` overrides where that is found).
+
+        Raises TableError if the table is missing, corrupt or empty, BindingError if it belongs to
+        another backbone, encoder or prompt template, CheckpointError if the encoder is missing.
+        """
+        table = ExitTable.open(uri)
+        metadata = table.metadata
+        metadata.check_backbone(backbone, uri)
+        for name in metadata.tasks:
+            if name not in TASKS:
+                raise TableError(
+                    f"exit table {uri} holds an unknown task {name!r}; known: {', '.join(TASKS)}"
+                )
+            metadata.check_task(TASKS[name], uri)
+        model = Encoder(encoder or metadata.encoder.name)
+        metadata.check_encoder(model.identity(), uri)
+        indexes = {name: _load_index(table, name) for name in metadata.tasks}
+        filled = {name: index for name, index in indexes.items() if len(index.vectors)}
+        if not filled:
+            raise TableError(f"exit table {uri} holds no rows; build it first")
+        return cls(model, metadata, filled)
+
+    def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
+        """One decision per look-up, in order; all key texts are embedded together.
+
+        Full depth where the nearest row is too far (FAR) or no neighbour was answered correctly
+        (NO_EVIDENCE). `lookup_ms` is the time of the whole batch.
+        Raises RaeeError for k < 1, an unknown rule or an unknown task.
+        """
+        start = time.perf_counter()
+        for lookup in lookups:
+            self._check(lookup)
+        vectors = self._encoder.encode([lookup.key_text for lookup in lookups])
+        decisions: dict[int, ExitDecision] = {}
+        for candidates, members in _by_candidates(lookups).items():
+            rows, distances = self._distances(candidates, vectors[members])
+            for i, own_distances in zip(members, distances, strict=True):
+                decisions[i] = self._decide_one(lookups[i], rows, own_distances)
+        lookup_ms = (time.perf_counter() - start) * 1000
+        return [replace(decisions[i], lookup_ms=lookup_ms) for i in range(len(lookups))]
+
+    def _check(self, lookup: Lookup) -> None:
+        if lookup.k is not None and lookup.k < 1:
+            raise RaeeError(f"k = {lookup.k} is not allowed, it must be at least 1")
+        if lookup.rule is not None and lookup.rule not in RULES:
+            raise RaeeError(f"unknown rule {lookup.rule!r}; known rules: {', '.join(RULES)}")
+        unknown = [name for name in lookup.candidates if name not in self._spans]
+        if unknown or not lookup.candidates:
+            raise RaeeError(
+                f"tasks {lookup.candidates} must be one or more of this table's: "
+                f"{', '.join(self._names)}"
+            )
+
+    def _distances(
+        self, candidates: tuple[str, ...], queries: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """All rows of the candidate tasks, [R], and their cosine distances, [len(queries), R]."""
+        spans = [self._spans[name] for name in candidates]
+        rows = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        similarities = [queries @ self._vectors[span].T for span in spans]
+        return rows, np.clip(1 - np.concatenate(similarities, axis=1), 0, 2)
+
+    def _decide_one(
+        self, lookup: Lookup, rows: NDArray[np.int64], distances: NDArray[np.float32]
+    ) -> ExitDecision:
+        """rows, distances: [R], see `_distances`."""
+        nearest = _smallest(distances, lookup.k or self.default_k)
+        distance = float(distances[nearest[0]])
+        owner = self._owner[rows[nearest[0]]]
+        found = {"task": self._names[owner], "distance": distance}
+        if distance > self._bounds[owner]:
+            return ExitDecision.full(self.num_layers, Reason.FAR, **found)
+        rule = lookup.rule or self.default_rule
+        layer = decide(rule, self._evidence[rows[nearest]], distances[nearest])
+        if layer is None:
+            return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **found)
+        return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **found)
+
+
+def _by_candidates(lookups: Sequence[Lookup]) -> dict[tuple[str, ...], list[int]]:
+    """Positions of the look-ups that search the same rows."""
+    groups = defaultdict(list)
+    for i, lookup in enumerate(lookups):
+        groups[lookup.candidates].append(i)
+    return groups
+
+
+def _smallest(distances: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Positions of the k smallest distances (all, if there are fewer), ascending."""
+    k = min(k, len(distances))
+    within = np.argpartition(distances, k - 1)[:k]
+    return within[np.argsort(distances[within], kind="stable")]
+
+
+def _load_index(table: ExitTable, name: str) -> TaskIndex:
+    rows = table.rows(name)
+    evidence = evidence_of(rows, table.metadata.tasks[name], table.metadata.backbone.num_layers)
+    return TaskIndex(rows.vectors, evidence, _distance_bound(rows.vectors))
+
+
+def _distance_bound(vectors: NDArray[np.float32]) -> float:
+    """BOUND_QUANTILE of the sampled rows' distances to their nearest other row."""
+    if len(vectors) < 2:
+        return MIN_BOUND
+    sample = np.random.default_rng(0).permutation(len(vectors))[:BOUND_SAMPLE]
+    similarities = vectors[sample] @ vectors.T
+    similarities[np.arange(len(sample)), sample] = -np.inf
+    bound = np.quantile(1 - similarities.max(axis=1), BOUND_QUANTILE)
+    return max(float(bound), MIN_BOUND)
