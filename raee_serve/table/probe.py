@@ -1,0 +1,167 @@
+"""What the backbone would answer after each of its layers.
+
+The state after decoder layer d, through the final norm and the LM head, gives the logits of the
+checkpoint physically cut to its first d layers. Hooks take that state where it is needed, so one
+ordinary forward pass serves all layers, and only the head's rows that matter are applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raee_serve.errors import CheckpointError
+
+HEAD_ROWS = 128
+"""Positions put through the whole LM head at a time: times a 262,144-word vocabulary in float32
+that is 134 MB."""
+
+
+class LayerProbe:
+    """A backbone in transformers whose every layer can be asked.
+
+    dtype: float32 on CPUs without native bf16, else bf16, unless given.
+    """
+
+    def __init__(self, checkpoint: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Raises CheckpointError if the checkpoint is not a decoder with layers and final norm."""
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = dtype or default_dtype(self.device)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.dtype)
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"cannot load backbone {checkpoint}: {e}") from e
+        self._decoder = model.eval().to(self.device).get_decoder()
+        if not hasattr(self._decoder, "layers") or not hasattr(self._decoder, "norm"):
+            raise CheckpointError(
+                f"backbone {checkpoint} ({type(model).__name__}) is not a Llama- or Gemma-family "
+                "decoder: it has no `layers` followed by a `norm`"
+            )
+        self._head: Tensor = model.get_output_embeddings().weight  # [vocabulary, hidden]
+        config = model.config.get_text_config()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.num_layers = len(self._decoder.layers)
+        self.max_length = int(config.max_position_embeddings)
+
+    @torch.inference_mode()
+    def bare_forward(self, prompts: Sequence[Sequence[int]]) -> None:
+        """The decoder alone, nothing captured and no head: what probing is compared with."""
+        self._decoder(input_ids=self._pad(prompts), use_cache=False)
+
+    @torch.inference_mode()
+    def label_logprobs(
+        self, prompts: Sequence[Sequence[int]], label_token_ids: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """[n, num_layers, num_labels]: log-softmax over the label tokens after each prompt.
+
+        prompts: n lists of token ids, none empty, none longer than `max_length`.
+        """
+        rows = torch.arange(len(prompts))
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        every_layer = range(1, self.num_layers + 1)
+        with self._capture(every_layer, lambda state: state[rows, last]) as states:
+            self.bare_forward(prompts)
+        hidden = torch.stack([states[layer] for layer in every_layer], dim=1)
+        logits = self._logits(hidden, self._head[list(label_token_ids)])
+        logprobs = logits.log_softmax(dim=-1).cpu().numpy()
+        assert logprobs.shape == (len(prompts), self.num_layers, len(label_token_ids))
+        return logprobs
+
+    @torch.inference_mode()
+    def reference_scores(
+        self,
+        prompts: Sequence[Sequence[int]],
+        references: Sequence[Sequence[int]],
+        layers: Sequence[int],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Teacher-forced scores of each prompt's reference at `layers`, full depth last.
+
+        Returns the mean log-probability of the reference's tokens, and the share of its positions
+        at which the layer's most probable token is full depth's: both [n, len(layers)].
+        """
+        assert layers[-1] == self.num_layers, f"full depth is not the last of {layers}"
+        sequences = [[*p, *r[:-1]] for p, r in zip(prompts, references, strict=True)]
+        lengths = [len(reference) for reference in references]
+        rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(lengths))
+        predicting = [
+            torch.arange(len(p) - 1, len(p) - 1 + n) for p, n in zip(prompts, lengths, strict=True)
+        ]
+        columns = torch.cat(predicting)
+        targets = torch.tensor([t for r in references for t in r], device=self.device)
+        with self._capture(layers, lambda state: state[rows, columns]) as states:
+            self.bare_forward(sequences)
+        scores = [self._token_scores(states[layer], targets) for layer in layers]
+        logprobs = torch.stack([logprob for logprob, _ in scores], dim=1)
+        tops = torch.stack([top for _, top in scores], dim=1)
+        agreement = (tops == tops[:, -1:]).float()
+        return _mean_per_row(logprobs, lengths), _mean_per_row(agreement, lengths)
+
+    def _pad(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """[n, longest], padded on the right.
+
+        No attention mask is needed: attention is causal, so no real position sees the padding.
+        """
+        assert all(sequences), "an empty prompt has no last position"
+        longest = max(map(len, sequences))
+        assert longest <= self.max_length, f"{longest} tokens exceed {self.max_length}"
+        padded = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
+        return torch.tensor(padded, device=self.device)
+
+    @contextmanager
+    def _capture(
+        self, layers: Sequence[int], select: Callable[[Tensor], Tensor]
+    ) -> Iterator[dict[int, Tensor]]:
+        """Fills layer -> select(state after that layer, [n, longest, hidden]) while it is open."""
+        states: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable[[object, object, Tensor], None]:
+            def hook(_module: object, _inputs: object, output: Tensor) -> None:
+                assert isinstance(output, Tensor), f"layer output is a {type(output).__name__}"
+                states[layer] = select(output)
+
+            return hook
+
+        handles = [
+            self._decoder.layers[layer - 1].register_forward_hook(keep(layer)) for layer in layers
+        ]
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """[..., hidden] -> [..., len(head)] float32, capped as the model caps its own."""
+        logits = functional.linear(self._decoder.norm(hidden), head).float()
+        return logits if self._softcap is None else self._softcap * (logits / self._softcap).tanh()
+
+    def _token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """[positions, hidden], [positions] -> log-probability of each target, and the top token."""
+        logprobs, tops = [], []
+        for states, chunk in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+            logits = self._logits(states, self._head)
+            own = logits.gather(1, chunk[:, None])[:, 0]
+            logprobs.append(own - logits.logsumexp(dim=1))
+            tops.append(logits.argmax(dim=1))
+        return torch.cat(logprobs), torch.cat(tops)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device computes in it; CPUs without it emulate it several times slower."""
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _mean_per_row(values: Tensor, lengths: Sequence[int]) -> NDArray[np.float32]:
+    """[sum(lengths), m] -> [len(lengths), m], the mean over each row's positions."""
+    means = [part.mean(dim=0) for part in values.float().split(list(lengths))]
+    return torch.stack(means).cpu().numpy()
