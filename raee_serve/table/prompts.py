@@ -82,9 +82,10 @@ def _content_text(content: object) -> str | None:
         return content
     if not isinstance(content, Sequence):
         return None
-    texts = []
+    texts: list[str] = []
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or part.get("type") != "text":
             return None
-        texts.append(part.get("text"))
-    return "\n".join(texts) if all(isinstance(t, str) for t in texts) else None
+        texts.append(text)
+    return "\n".join(texts)

@@ -1,0 +1,86 @@
+"""`raee-serve build`: build an exit table for a backbone."""
+
+from __future__ import annotations
+
+import os
+import random
+from argparse import ArgumentParser, Namespace
+
+import torch
+
+from raee_serve.checkpoints import local_checkpoint
+from raee_serve.errors import RaeeError
+from raee_serve.fingerprint import identify_backbone
+from raee_serve.retrieval.encoder import Encoder
+from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder
+from raee_serve.table.datasets import Example, load_examples
+from raee_serve.table.probe import LayerProbe
+from raee_serve.table.schema import TableMetadata
+from raee_serve.table.store import ExitTable
+from raee_serve.table.task import Task
+from raee_serve.table.tasks import TASKS, get_task
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="packaged name, checkpoint directory or hub id"
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help=f"repeatable; one of {', '.join(TASKS)}",
+    )
+    parser.add_argument("--table", required=True, metavar="DIR", help="new, or to be added to")
+    parser.add_argument(
+        "--data",
+        metavar="ROOT",
+        default=os.environ.get("RAEE_DATA", "../shared/data"),
+        help="data directory, or 'hub' (default: RAEE_DATA, else ../shared/data)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="rows a task (default: all)")
+    parser.add_argument("--encoder", default="minilm", help="packaged name, directory or hub id")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=DEFAULT_BATCH_TOKENS,
+        metavar="TOKENS",
+        help="padded tokens of a batch (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the backbone's weights")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle before --limit")
+    parser.add_argument("--store-text", action="store_true", help="keep the texts in the table")
+
+
+def run(args: Namespace) -> None:
+    if args.limit is not None and args.limit < 1:
+        raise RaeeError(f"--limit {args.limit} is not allowed, it must be at least 1")
+    if args.batch_size < 1:
+        raise RaeeError(f"--batch-size {args.batch_size} is not allowed, it must be at least 1")
+    # Everything cheap that can fail comes before the backbone is loaded.
+    work = [(task, _sample(task, args)) for task in map(get_task, dict.fromkeys(args.task))]
+    checkpoint = local_checkpoint(args.model)
+    encoder = Encoder(args.encoder, threads=torch.get_num_threads())
+    metadata = TableMetadata(identify_backbone(checkpoint), encoder.identity())
+    table = ExitTable.open_or_create(args.table, metadata)
+    probe = LayerProbe(checkpoint, DTYPES[args.dtype])
+    for task, examples in work:
+        builder = TaskBuilder(
+            task,
+            table,
+            probe,
+            encoder,
+            batch_tokens=args.batch_size,
+            store_text=args.store_text,
+        )
+        print(builder.build(examples), flush=True)
+
+
+def _sample(task: Task, args: Namespace) -> list[Example]:
+    """The same rows for the same seed and limit, and more of the same for a higher limit."""
+    examples = load_examples(task, "train", args.data)
+    random.Random(args.seed).shuffle(examples)
+    return examples[: args.limit]

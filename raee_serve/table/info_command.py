@@ -1,0 +1,42 @@
+"""`raee-serve table info`: what an exit table holds and what it is bound to."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+
+from raee_serve.table.evidence import evidence_of
+from raee_serve.table.schema import TaskEntry
+from raee_serve.table.store import ExitTable
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("table", metavar="DIR")
+
+
+def run(args: Namespace) -> None:
+    print("\n".join(describe(args.table)))
+
+
+def describe(uri: str) -> Iterator[str]:
+    """Lines for a reader. Raises TableError if the table is missing or corrupt."""
+    table = ExitTable.open(uri)
+    metadata = table.metadata
+    yield f"exit table {uri}: {table.count_rows()} rows, {table.size_bytes() / 1e6:.1f} MB"
+    yield f"backbone   {metadata.backbone}"
+    yield f"encoder    {metadata.encoder}"
+    yield f"metric     {metadata.metric}"
+    for entry in metadata.tasks.values():
+        yield ""
+        yield from _describe_task(table, entry)
+
+
+def _describe_task(table: ExitTable, entry: TaskEntry) -> Iterator[str]:
+    rows = table.rows(entry.name)
+    answers = ", ".join(entry.label_words) or "free text"
+    yield f"{entry.name}: {len(rows)} rows, template {entry.version}, {answers}"
+    if len(rows):
+        evidence = evidence_of(rows, entry, table.metadata.backbone.num_layers)
+        right = (evidence > 0).mean(axis=0)
+        rates = "  ".join(f"{layer}: {right[layer - 1]:.0%}" for layer in entry.layers)
+        yield f"  rows answered correctly at layer  {rates}"
