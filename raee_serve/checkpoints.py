@@ -148,7 +148,10 @@ def weight_files(checkpoint: Path) -> list[Path]:
     else all. Raises CheckpointError if there are none or one that the index names is missing."""
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index of weight files: {error!r}") from error
         files = sorted(checkpoint / name for name in names)
     else:
         files = sorted(checkpoint.rglob("*.safetensors"))

@@ -103,6 +103,13 @@ def test_missing_shard_is_refused(tmp_path):
         fingerprint_weights(sharded)
 
 
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": ["a"]}'])
+def test_broken_index_is_refused(llama, index):
+    (llama / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="no index of weight files"):
+        fingerprint_weights(llama)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
