@@ -30,12 +30,12 @@ lint: setup
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py scripts/requirements.py
+$(READY): pyproject.toml .ci/requirements.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time this takes some minutes."
-	$(PY) scripts/requirements.py bare > $(VENV)/bare.txt
+	$(PY) .ci/requirements.py bare > $(VENV)/bare.txt
 	$(PIP) --quiet --no-deps -r $(VENV)/bare.txt
-	$(PY) scripts/requirements.py rest > $(VENV)/rest.txt
+	$(PY) .ci/requirements.py rest > $(VENV)/rest.txt
 	$(PIP) -r $(VENV)/rest.txt || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) -r $(VENV)/rest.txt
 	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null
 	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --no-build-isolation --editable .
