@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from openai import AsyncOpenAI
 
@@ -50,7 +50,7 @@ class Asker:
             said = raw.parse().choices[0].text
         else:
             chat = self.client.chat.completions.with_raw_response
-            raw = await chat.create(messages=prompt, **common)
+            raw = await chat.create(messages=cast(Any, prompt), **common)
             said = raw.parse().choices[0].message.content
         return Answer(
             text=said or "",

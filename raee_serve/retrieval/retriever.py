@@ -87,10 +87,17 @@ class ExitRetriever:
 
     @classmethod
     def open(
-        cls, uri: str, *, backbone: BackboneIdentity, encoder: str | None = None
+        cls,
+        uri: str,
+        *,
+        backbone: BackboneIdentity,
+        encoder: str | None = None,
+        max_distance: float | None = None,
     ) -> ExitRetriever:
         """Loads a table and its encoder (`encoder` overrides where that is found).
 
+        max_distance: cosine distance beyond which a nearest row is too far, for all tasks; by
+        default each task has its own bound, see BOUND_QUANTILE.
         Raises TableError if the table is missing, corrupt or empty, BindingError if it belongs to
         another backbone, encoder or prompt template, CheckpointError if the encoder is missing.
         """
@@ -105,7 +112,7 @@ class ExitRetriever:
             metadata.check_task(TASKS[name], uri)
         model = Encoder(encoder or metadata.encoder.name)
         metadata.check_encoder(model.identity(), uri)
-        indexes = {name: _load_index(table, name) for name in metadata.tasks}
+        indexes = {name: _load_index(table, name, max_distance) for name in metadata.tasks}
         filled = {name: index for name, index in indexes.items() if len(index.vectors)}
         if not filled:
             raise TableError(f"exit table {uri} holds no rows; build it first")
@@ -183,10 +190,11 @@ def _smallest(distances: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     return within[np.argsort(distances[within], kind="stable")]
 
 
-def _load_index(table: ExitTable, name: str) -> TaskIndex:
+def _load_index(table: ExitTable, name: str, max_distance: float | None) -> TaskIndex:
     rows = table.rows(name)
     evidence = evidence_of(rows, table.metadata.tasks[name], table.metadata.backbone.num_layers)
-    return TaskIndex(rows.vectors, evidence, _distance_bound(rows.vectors))
+    bound = _distance_bound(rows.vectors) if max_distance is None else max_distance
+    return TaskIndex(rows.vectors, evidence, bound)
 
 
 def _distance_bound(vectors: NDArray[np.float32]) -> float:

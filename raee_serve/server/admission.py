@@ -72,8 +72,9 @@ class Admission:
         """
         body = {key: value for key, value in body.items() if key != "raee"}
         limit = OutputLimit.of(body)
-        if options.task in self.labels and not limit.is_set:
-            body = self.labels[options.task].impose(body)
+        label = self.labels.get(options.task) if options.task else None
+        if label is not None and not limit.is_set:
+            body = label.impose(body)
             limit = OutputLimit.of(body)
         fixed = self.fixed_layer if options.exit_layer is None else options.exit_layer
         if fixed is not None:

@@ -12,7 +12,7 @@ from raee_serve.retrieval.retriever import Lookup
 from raee_serve.server.admission import Admission
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
-from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, read_prompts
+from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, TokenIds, read_prompts
 
 Detokenize = Callable[[Sequence[int]], str]
 
@@ -57,15 +57,16 @@ class Gate:
 
     async def _texts(self, prompts: Sequence[RawPrompt]) -> Sequence[TextPrompt]:
         """Token ids as text, decoded off the event loop; other prompts as they are."""
-        if not any(isinstance(prompt, tuple) for prompt in prompts):
-            return prompts
-        return await asyncio.to_thread(lambda: [self._text(prompt) for prompt in prompts])
 
-    def _text(self, prompt: RawPrompt) -> TextPrompt:
-        if not isinstance(prompt, tuple):
-            return prompt
+        def texts() -> list[TextPrompt]:
+            return [self._text(p) if isinstance(p, tuple) else p for p in prompts]
+
+        has_ids = any(isinstance(prompt, tuple) for prompt in prompts)
+        return await asyncio.to_thread(texts) if has_ids else texts()
+
+    def _text(self, ids: TokenIds) -> str | None:
         try:
-            return self.detokenize(prompt)
+            return self.detokenize(ids)
         except (OverflowError, ValueError, TypeError, IndexError):
             return None  # ids outside the vocabulary, to which vLLM has its own answer
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raee_serve.server.settings import DepthSettings
+
+if TYPE_CHECKING:
+    from raee_serve.server.gate import Gate
 
 DESCRIPTION = """Serve MODEL through vLLM's OpenAI server, each prompt at the depth that an exit
 table predicts for it. Flags not listed here are those of `vllm serve` (`vllm serve --help=all`).
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     uvloop.run(vllm_server.serve(serve_args, gate))
 
 
-def _gate(serve_args: argparse.Namespace, settings: DepthSettings):
+def _gate(serve_args: argparse.Namespace, settings: DepthSettings) -> Gate:
     """Resolve MODEL in place, so that what is served is what the table is checked against."""
     from raee_serve.checkpoints import local_checkpoint
     from raee_serve.fingerprint import identify_backbone

@@ -133,7 +133,7 @@ def _token_ids(allowed: Any) -> frozenset[int] | None:
 
 
 def _within(limit: frozenset | None, allowed: Sequence) -> bool:
-    return bool(limit) and limit.issubset(allowed)
+    return limit is not None and bool(limit) and limit.issubset(allowed)
 
 
 def _with_max_tokens(body: dict[str, Any], default: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,15 @@ def load_gate(settings: DepthSettings, backbone: BackboneIdentity, checkpoint: P
     return Gate(
         admission=admission,
         lookups=lookups,
-        detokenize=lambda ids: tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ),
+        detokenize=partial(_text_of, tokenizer),
         metrics=DecisionMetrics(backbone.num_layers),
     )
+
+
+def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def _fixed(settings: DepthSettings, backbone: BackboneIdentity) -> tuple[Admission, None]:

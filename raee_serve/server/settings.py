@@ -38,4 +38,8 @@ class DepthSettings:
             raise RaeeError(
                 f"--lookup-timeout-ms is {self.lookup_timeout_ms}; allowed: more than 0"
             )
+        if self.max_distance is not None and not 0 <= self.max_distance <= 2:
+            raise RaeeError(
+                f"--max-distance is {self.max_distance}; allowed: 0..2, as cosine distances are"
+            )
         check_k(self.k)

@@ -6,9 +6,10 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from vllm import envs
+from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
 from vllm.entrypoints.launchers.launcher import setup_server
@@ -109,7 +110,8 @@ async def serve(args: Namespace, gate: Gate) -> None:
     address, sock = setup_server(args, reuse_port=False)
     try:
         async with build_async_engine_client(args) as engine:
-            stopped = await build_and_serve(DepthClient(engine, gate), address, sock, args)
+            client = cast(EngineClient, DepthClient(engine, gate))
+            stopped = await build_and_serve(client, address, sock, args)
         await stopped  # after the engine is gone, as vLLM does
     finally:
         gate.close()
