@@ -25,7 +25,7 @@ DEFAULT_BATCH_TOKENS = 1024
 BATCHES_PER_COMMIT = 8
 """Most work an interrupt loses."""
 MAX_REFERENCE_TOKENS = 128
-"""Longer references count by their beginning."""
+"""Longer references, or ones beyond half the backbone's limit, count by their beginning."""
 FREE_TEXT_DEPTHS = (0.5, 0.625, 0.75, 0.875)
 """Shares of the depth at which free text is probed, besides the last layer but one and full depth:
 each costs the whole LM head at every reference position, and shallower ones agree with nothing."""
@@ -133,8 +133,8 @@ class TaskBuilder:
             text = _without_last_tokens(tokenizer, text, over)
             if not text:
                 raise TaskError(
-                    f"task {self.task.name}: template and reference alone exceed the backbone's "
-                    f"{self._probe.max_length} tokens"
+                    f"task {self.task.name}: its template and reference alone exceed the "
+                    f"backbone's {self._probe.max_length} tokens"
                 )
             prompt = prompt_token_ids(tokenizer, self.task.render(text))
         return Item(id, example, prompt, reference)
@@ -143,7 +143,7 @@ class TaskBuilder:
         tokenizer = self._probe.tokenizer
         prompt = prompt_text(tokenizer, self.task.render(text))
         ids = answer_token_ids(tokenizer, prompt, self.task.answer_text(reference))
-        return ids[:MAX_REFERENCE_TOKENS]
+        return ids[: min(MAX_REFERENCE_TOKENS, self._probe.max_length // 2)]
 
     def _rows(self, batches: Sequence[Sequence[Item]], bar: tqdm) -> TaskRows:
         """The finished rows of some batches, in order."""

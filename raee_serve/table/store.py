@@ -63,11 +63,12 @@ class ExitTable:
         """
         with _naming(uri, "cannot create it"):
             database = lancedb.connect(uri)
-            # Metadata last: a creation that was cut short is simply done again.
-            if METADATA not in _table_names(database):
-                schema = row_schema(metadata.encoder.dimension)
-                database.create_table(EXITS, schema=schema, mode="overwrite")
-                database.create_table(METADATA, data=_metadata_row(metadata), mode="overwrite")
+            names = _table_names(database)
+            if METADATA not in names:  # written last: a creation cut short is simply done again
+                if EXITS in names:
+                    database.drop_table(EXITS)
+                database.create_table(EXITS, schema=row_schema(metadata.encoder.dimension))
+                database.create_table(METADATA, data=_metadata_row(metadata))
         table = cls(uri, database)
         table.metadata.check_backbone(metadata.backbone, uri)
         table.metadata.check_encoder(metadata.encoder, uri)
@@ -76,17 +77,20 @@ class ExitTable:
     def put_task(self, entry: TaskEntry) -> None:
         """Records a task; BindingError if its rows here were built otherwise."""
         self.metadata = self.metadata.with_task(entry)
-        update = self._metadata.merge_insert("key").when_matched_update_all()
-        update.execute(_metadata_row(self.metadata))
+        with _naming(self.uri, "cannot write its metadata"):
+            update = self._metadata.merge_insert("key").when_matched_update_all()
+            update.execute(_metadata_row(self.metadata))
 
     def add(self, task: str, rows: TaskRows) -> None:
         """Appends rows whose id is new, in one atomic commit; others are left as they are."""
         columns = _to_arrow(task, rows, self._exits.schema)
-        self._exits.merge_insert("id").when_not_matched_insert_all().execute(columns)
+        with _naming(self.uri, "cannot add rows"):
+            self._exits.merge_insert("id").when_not_matched_insert_all().execute(columns)
 
     def compact(self) -> None:
         """Merges the files of many small additions."""
-        self._exits.optimize(cleanup_older_than=KEEP_OLD_VERSIONS)
+        with _naming(self.uri, "cannot compact it"):
+            self._exits.optimize(cleanup_older_than=KEEP_OLD_VERSIONS)
 
     def row_ids(self, task: str) -> set[str]:
         with _naming(self.uri, "cannot read its row ids"):

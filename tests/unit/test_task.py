@@ -215,4 +215,4 @@ def test_demo_sets_ship_with_the_package():
     assert len(tasks) == 3
     for task in tasks:
         for split in ("train", "test"):
-            assert len(load_examples(task, split)) >= 20
+            assert len(load_examples(task, split)) >= 8

@@ -1,0 +1,249 @@
+"""Building a table from a tiny random backbone with the real encoder, through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from raee_serve import cli
+from raee_serve.errors import TaskError
+from raee_serve.fingerprint import identify_backbone
+from raee_serve.records import Reason
+from raee_serve.retrieval.encoder import Encoder
+from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.table.build import (
+    BATCHES_PER_COMMIT,
+    Item,
+    TaskBuilder,
+    free_text_layers,
+    length_batches,
+)
+from raee_serve.table.datasets import Example
+from raee_serve.table.probe import LayerProbe
+from raee_serve.table.schema import TableMetadata, row_id
+from raee_serve.table.store import ExitTable
+from raee_serve.table.tasks import get_task
+from tests.unit.tiny import tiny_gemma3, tiny_llama
+
+pytestmark = pytest.mark.unit
+
+REVIEWS = [f"{adjective} {noun}" for adjective in ("fine", "dull") for noun in "abcdefghijkl"]
+EXAMPLES = [Example(text, int(text.startswith("fine"))) for text in REVIEWS]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, smollm2):
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "tiny", smollm2)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder("minilm", threads=2)
+
+
+class RecordingProbe(LayerProbe):
+    """Keeps what it was asked, and fails at the batch it is told to."""
+
+    fail_at: int | None = None
+
+    def label_logprobs(self, prompts, label_token_ids):
+        self.asked = [*getattr(self, "asked", []), list(prompts)]
+        if len(self.asked) == self.fail_at:
+            raise KeyboardInterrupt
+        return super().label_logprobs(prompts, label_token_ids)
+
+    def prompts_asked(self):
+        return [prompt for batch in self.asked for prompt in batch]
+
+
+@pytest.fixture
+def probe(checkpoint):
+    return RecordingProbe(checkpoint, torch.float32)
+
+
+@pytest.fixture
+def table(tmp_path, checkpoint, encoder):
+    metadata = TableMetadata(identify_backbone(checkpoint), encoder.identity())
+    return ExitTable.open_or_create(str(tmp_path / "table"), metadata)
+
+
+def build(name, table, probe, encoder, examples=EXAMPLES, **options):
+    return TaskBuilder(get_task(name), table, probe, encoder, **options).build(
+        examples, progress=False
+    )
+
+
+def test_rows_hold_what_the_probe_and_the_encoder_say(table, probe, encoder, checkpoint):
+    report = build("sst2", table, probe, encoder, store_text=True)
+    assert (report.added, report.kept, report.truncated) == (len(EXAMPLES), 0, 0)
+    assert "probe overhead" in str(report)
+    rows = table.rows("sst2")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    labels = [tokenizer(word)["input_ids"][0] for word in (" terrible", " great")]
+    assert table.metadata.tasks["sst2"].label_token_ids == tuple(labels)
+    for i, text in enumerate(rows.texts):
+        example = EXAMPLES[REVIEWS.index(text)]
+        assert rows.golds[i] == example.gold
+        assert rows.ids[i] == row_id("sst2", text, example.gold)
+        prompt = tokenizer(f"{text} It was")["input_ids"]
+        expected = probe.label_logprobs([prompt], labels)[0]
+        np.testing.assert_allclose(rows.label_logprobs[i], expected, atol=1e-4)
+    np.testing.assert_allclose(rows.vectors, encoder.encode(rows.texts), atol=1e-5)
+
+
+def test_texts_are_not_kept_unless_asked_for(table, probe, encoder):
+    build("sst2", table, probe, encoder, EXAMPLES[:2])
+    assert table.rows("sst2").texts == [None, None]
+
+
+def test_chat_prompts_go_through_the_chat_template(table, probe, encoder, checkpoint):
+    build("demo_chat_sentiment", table, probe, encoder, EXAMPLES[:1])
+    task = get_task("demo_chat_sentiment")
+    expected = AutoTokenizer.from_pretrained(checkpoint).apply_chat_template(
+        task.render(REVIEWS[0]), add_generation_prompt=True, return_dict=False
+    )
+    assert probe.prompts_asked()[0] == expected
+
+
+def test_interrupted_build_resumes_without_duplicates(table, probe, encoder):
+    probe.fail_at = BATCHES_PER_COMMIT + 2
+    with pytest.raises(KeyboardInterrupt):
+        build("sst2", table, probe, encoder, batch_tokens=10)
+    done = table.count_rows()
+    assert 0 < done < len(EXAMPLES)
+    probe.fail_at, probe.asked = None, []
+    report = build("sst2", table, probe, encoder, batch_tokens=10)
+    assert (report.added, report.kept) == (len(EXAMPLES) - done, done)
+    ids = table.rows("sst2").ids
+    assert len(ids) == len(set(ids)) == len(EXAMPLES)
+    # Rows that were there are not computed again: the rest once, and again on the timed batches.
+    asked = {tuple(prompt) for prompt in probe.prompts_asked()}
+    assert len(asked) == len(EXAMPLES) - done
+
+
+def test_building_again_adds_nothing(table, probe, encoder):
+    build("sst2", table, probe, encoder, EXAMPLES[:6])
+    probe.asked = []
+    report = build("sst2", table, probe, encoder, EXAMPLES[:6])
+    assert (report.added, report.kept, report.overhead) == (0, 6, None)
+    assert probe.asked == []
+
+
+def test_repeated_examples_become_one_row(table, probe, encoder):
+    report = build("sst2", table, probe, encoder, [EXAMPLES[0]] * 3)
+    assert report.added == table.count_rows() == 1
+
+
+def test_long_documents_are_cut_from_their_end(table, probe, encoder, checkpoint):
+    long = Example("fine " * 500 + "end", 1)
+    report = build("sst2", table, probe, encoder, [long, EXAMPLES[0]], store_text=True)
+    assert report.truncated == 1 and "1 prompts truncated" in str(report)
+    prompt = max(probe.prompts_asked(), key=len)
+    text = AutoTokenizer.from_pretrained(checkpoint).decode(prompt)
+    assert probe.max_length - 2 <= len(prompt) <= probe.max_length
+    assert text.startswith("fine fine") and text.endswith("fine It was") and "end" not in text
+    assert long.text in table.rows("sst2").texts  # the key is the whole text
+
+
+def test_free_text_rows(table, probe, encoder):
+    examples = [
+        Example("One. Two. Three.", "It counts."),
+        Example("Hello there. " * 99, "A greeting " * 99),
+    ]
+    report = build("xsum", table, probe, encoder, examples)
+    assert report.truncated == 1 and report.overhead is None
+    rows = table.rows("xsum")
+    assert table.metadata.tasks["xsum"].layers == free_text_layers(4) == (2, 3, 4)
+    assert rows.golds is None and rows.label_logprobs is None
+    assert (rows.reference_logprob < 0).all() and (rows.agreement[:, -1] == 1).all()
+
+
+def test_reference_alone_too_long(table, probe, encoder):
+    probe.max_length = 5
+    with pytest.raises(TaskError, match="alone exceed the backbone's 5 tokens"):
+        build("xsum", table, probe, encoder, [Example("Hello", "one two three four five")])
+
+
+def test_free_text_layers_end_with_the_last_two():
+    assert free_text_layers(30) == (15, 19, 22, 26, 29, 30)
+    assert free_text_layers(18) == (9, 11, 14, 16, 17, 18)
+    assert free_text_layers(1) == (1,)
+
+
+def test_batches_keep_to_the_budget_and_hold_every_item_once():
+    lengths = sorted(np.random.default_rng(0).integers(1, 60, 200).tolist(), reverse=True)
+    items = [Item(str(i), EXAMPLES[0], [0] * n, []) for i, n in enumerate(lengths)]
+    batches = list(length_batches(items, 100))
+    assert [item for batch in batches for item in batch] == items
+    for batch in batches:
+        assert len(batch) * batch[0].length <= 100
+    assert list(length_batches(items[:1], 1)) == [items[:1]]
+
+
+def write_data(root):
+    folder = root / "sst2"
+    folder.mkdir(parents=True)
+    rows = [json.dumps({"text": e.text, "label": e.gold}) for e in EXAMPLES]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    return root
+
+
+@pytest.mark.parametrize("family", [tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
+def test_command_builds_a_table_that_decides(family, tmp_path, smollm2, capsys):
+    model = str(family(tmp_path / "model", smollm2))
+    data, uri = str(write_data(tmp_path / "data")), str(tmp_path / "table")
+    command = ["build", "--model", model, "--task", "sst2", "--data", data, "--table", uri]
+    assert cli.main([*command, "--limit", "8"]) == 0
+    assert "sst2: 8 rows added, 0 kept" in capsys.readouterr().out
+    # The same seed: the first eight are among the first twelve.
+    assert cli.main([*command, "--limit", "12", "--store-text"]) == 0
+    assert "sst2: 4 rows added, 8 kept" in capsys.readouterr().out
+    assert cli.main(["table", "info", uri]) == 0
+    out = capsys.readouterr().out
+    assert "sst2: 12 rows" in out and "layer  1: " in out
+
+    retriever = ExitRetriever.open(uri, backbone=identify_backbone(model))
+    texts = [text for text in ExitTable.open(uri).rows("sst2").texts if text]
+    for decision in retriever.decide([Lookup(("sst2",), text, k=3) for text in texts]):
+        assert decision.reason in (Reason.RETRIEVED, Reason.NO_EVIDENCE)
+        assert decision.distance == pytest.approx(0, abs=1e-4)
+
+
+def test_command_refuses_another_backbone(tmp_path, smollm2, capsys):
+    first, second = (str(tiny_llama(tmp_path / str(seed), smollm2, seed)) for seed in (1, 2))
+    data, uri = str(write_data(tmp_path / "data")), str(tmp_path / "table")
+    options = ["--task", "sst2", "--data", data, "--table", uri, "--limit", "2"]
+    assert cli.main(["build", "--model", first, *options]) == 0
+    assert cli.main(["build", "--model", second, *options]) == 1
+    error = capsys.readouterr().err
+    for model in (first, second):
+        assert identify_backbone(model).weights[:12] in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "sst3"], "unknown task 'sst3'"),
+        (["--task", "sst2", "--limit", "0"], "--limit 0 is not allowed"),
+        (["--task", "sst2", "--batch-size", "0"], "--batch-size 0 is not allowed"),
+        (["--task", "sst2", "--data", "/nowhere"], "cannot read data file /nowhere"),
+        (["--task", "demo_sentiment", "--model", "/nowhere"], "no model '/nowhere'"),
+        (["--task", "demo_sentiment", "--encoder", "/nowhere"], "no model '/nowhere'"),
+    ],
+)
+def test_command_names_what_is_wrong(checkpoint, tmp_path, capsys, options, message):
+    uri = tmp_path / "table"
+    assert cli.main(["build", "--model", str(checkpoint), "--table", str(uri), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not uri.exists()
+
+
+def test_command_line_without_a_command(capsys):
+    for argv in ([], ["build", "--nonsense"], ["table"], ["train"]):
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+    assert "'build', 'table info', 'serve', 'eval'" in capsys.readouterr().err
+    assert cli.main(["table", "info", "/nowhere"]) == 1
+    assert "exit table /nowhere: no such directory" in capsys.readouterr().err
