@@ -56,6 +56,8 @@ class LayerProbe:
     def bare_forward(self, prompts: Sequence[Sequence[int]]) -> None:
         """The decoder alone, nothing captured and no head: what probing is compared with."""
         self._decoder(input_ids=self._pad(prompts), use_cache=False)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that its time is its own
 
     @torch.inference_mode()
     def label_logprobs(

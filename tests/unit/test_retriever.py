@@ -122,6 +122,15 @@ def test_far_prompts_run_at_full_depth(retriever):
     assert decision.task == "sst2" and decision.distance > 0.5
 
 
+def test_distance_bound_may_be_set(uri):
+    near, wide = (
+        ExitRetriever.open(uri, backbone=BACKBONE, max_distance=bound) for bound in (0.01, 2.0)
+    )
+    assert near.decide([sst2("a lovely film")])[0].reason == Reason.FAR
+    assert near.decide([sst2(PRAISE[0])])[0].reason == Reason.RETRIEVED
+    assert wide.decide([sst2("quantum chromodynamics")])[0].reason == Reason.RETRIEVED
+
+
 def test_no_evidence_runs_at_full_depth(retriever):
     (decision,) = retriever.decide([Lookup(("mpqa",), "a poor choice")])
     assert (decision.exit_layer, decision.reason) == (4, Reason.NO_EVIDENCE)

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from raee_serve.errors import TaskError
 from raee_serve.table.datasets import DemoSet, Example, HubSet, LocalSet, load_examples
@@ -144,6 +145,17 @@ def test_labels_must_differ_in_their_first_token():
     assert CHAT.label_token_ids(CharTokenizer()) == (ord("b"), ord("g"))
     with pytest.raises(TaskError, match="do not differ in their first"):
         WORDS.label_token_ids(CharTokenizer())  # both begin with the space
+
+
+@pytest.mark.parametrize("backbone", ["smollm2", "gemma3"])
+def test_every_tasks_labels_differ_under_real_tokenizers(backbone, request):
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(backbone))
+    for task in TASKS.values():
+        if isinstance(task.prompt, ChatPrompt) and not tokenizer.chat_template:
+            continue
+        ids = task.label_token_ids(tokenizer)
+        for text, token in zip(task.label_texts(), ids, strict=True):
+            assert text.startswith(tokenizer.decode([token]))
 
 
 def test_answer_must_not_change_the_prompts_tokens():
