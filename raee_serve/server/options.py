@@ -61,16 +61,9 @@ def parse_options(
     return RaeeOptions(
         exit_layer=_exit_layer(given.get("exit_layer", "auto"), num_layers),
         task=_one_of("task", given.get("task"), tasks),
-        k=check_k(given.get("k")),
+        k=_k(given.get("k")),
         rule=_one_of("rule", given.get("rule"), rules),
     )
-
-
-def check_k(value: Any) -> int | None:
-    """A number of neighbours, 1..MAX_K, or None. Raises OptionError."""
-    if value is not None and not (_is_int(value) and 1 <= value <= MAX_K):
-        raise OptionError("raee.k", f"raee.k is {value!r}; allowed: an integer in 1..{MAX_K}")
-    return value
 
 
 def _exit_layer(value: Any, num_layers: int) -> int | None:
@@ -85,6 +78,12 @@ def _exit_layer(value: Any, num_layers: int) -> int | None:
             "'full' or 'auto'",
         )
     return int(value)
+
+
+def _k(value: Any) -> int | None:
+    if value is not None and not (_is_int(value) and 1 <= value <= MAX_K):
+        raise OptionError("raee.k", f"raee.k is {value!r}; allowed: an integer in 1..{MAX_K}")
+    return value
 
 
 def _one_of(field: str, value: Any, allowed: Collection[str]) -> str | None:

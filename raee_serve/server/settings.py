@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.aggregate import RULES
-from raee_serve.server.options import check_k
+from raee_serve.server.options import MAX_K
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +42,5 @@ class DepthSettings:
             raise RaeeError(
                 f"--max-distance is {self.max_distance}; allowed: 0..2, as cosine distances are"
             )
-        check_k(self.k)
+        if self.k is not None and not 1 <= self.k <= MAX_K:
+            raise RaeeError(f"--k is {self.k}; allowed: 1..{MAX_K}")

@@ -1,0 +1,103 @@
+"""What the server refuses to start with, before an engine is loaded."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from raee_serve.cli import main
+from raee_serve.cut import cut_checkpoint
+from raee_serve.server import vllm_server
+from tests.server.conftest import MODEL
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs `raee-serve serve` with these arguments and gives the one-line error it ends with."""
+
+    async def serve(args, gate):
+        pytest.fail("the server would have started")
+
+    monkeypatch.setattr(vllm_server, "serve", serve)
+
+    def run(*arguments, status=1):
+        assert main(["serve", *map(str, arguments)]) == status
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+def test_neither_a_table_nor_a_depth():
+    """In a process of its own, to see the exit code; it ends before vLLM is even imported."""
+    command = [sys.executable, "-m", "raee_serve.cli", "serve", MODEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("raee-serve serve: error: give either --table DIR")
+    assert "--exit-layer N|full" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--table", "somewhere", "--exit-layer", "3"], "give either --table"),
+        (["--table", "somewhere", "--k", "0"], "--k is 0; allowed: 1..1024"),
+        (["--table", "somewhere", "--rule", "latest"], "allowed: earliest, published"),
+        (["--table", "somewhere", "--lookup-timeout-ms", "0"], "allowed: more than 0"),
+        (["--table", "somewhere", "--max-distance", "3"], "allowed: 0..2"),
+        (["--exit-layer", "0"], "'0'; allowed: 1..30 or 'full'"),
+        (["--exit-layer", "31"], "'31'; allowed: 1..30 or 'full'"),
+        (["--exit-layer", "half"], "'half'; allowed: 1..30 or 'full'"),
+        (["--exit-layer", "3", "--api-server-count", "2"], "--api-server-count 2; allowed: 1"),
+        (["--exit-layer", "3", "--data-parallel-size", "2"], "--data-parallel-size 2; allowed: 1"),
+        (["--exit-layer", "3", "--headless"], "--headless"),
+        (["--exit-layer", "3", "--grpc"], "--grpc"),
+        (["--exit-layer", "3", "--revision", "main"], "--revision main"),
+        (["--exit-layer", "3", "--scheduler-cls", "a.B"], "raee-serve needs its own"),
+        (["--exit-layer", "3", "--worker-cls", "a.B"], "raee-serve needs its own"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused_by_name(refused, smollm2, flags, message):
+    assert message in refused(MODEL, *flags)
+
+
+def test_a_missing_model(refused):
+    assert "no model given" in refused("--exit-layer", "3")
+
+
+def test_a_plug_in_filter_without_ours(refused, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "others")
+    assert "VLLM_PLUGINS=others" in refused(MODEL, "--exit-layer", "3")
+
+
+def test_a_missing_table(refused, smollm2, tmp_path):
+    assert str(tmp_path / "none") in refused(MODEL, "--table", tmp_path / "none")
+
+
+def test_a_corrupt_table(refused, built_table, tmp_path):
+    corrupt = tmp_path / "corrupt"
+    shutil.copytree(built_table, corrupt)
+    for file in corrupt.glob("exits.lance/data/*"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert str(corrupt) in refused(MODEL, "--table", corrupt)
+
+
+def test_another_backbone_names_both_sides(refused, built_table, smollm2, tmp_path):
+    cut = cut_checkpoint(smollm2, 10, tmp_path / "cut")
+    message = refused(cut, "--table", built_table)
+    assert "30" in message and "10" in message
+
+
+def test_another_encoder_names_both_sides(refused, built_table, minilm, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(minilm, other)
+    weights = load_file(other / "model.safetensors")
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    message = refused(MODEL, "--table", built_table, "--encoder", other)
+    assert "minilm" in message and str(other) in message
