@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.machine import machine
 from benchmarks.statistics import Ratio, paired_ratio
 from benchmarks.systems import System
@@ -29,6 +31,7 @@ from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cut import cut_checkpoint
 from raee_serve.engine.settings import engine_options
 from raee_serve.fingerprint import identify_backbone
+from raee_serve.table.probe import default_dtype
 
 MIXES = ("random over 6 depths", "half shallow, half full")
 
@@ -185,7 +188,12 @@ def report(workload: str, what: str, ratio: Ratio) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtype",
+        default=str(default_dtype(torch.device("cpu"))).removeprefix("torch."),
+        choices=["bfloat16", "float32"],
+        help="default: what this CPU computes in (%(default)s)",
+    )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--depths", nargs="+", type=int)
     parser.add_argument("--pairs", type=int, default=12)

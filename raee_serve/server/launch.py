@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     vllm_server.prepare_environment()
     serve_args = vllm_server.parse_serve_args(rest)
     vllm_server.with_options(serve_args, engine_options())
+    vllm_server.prefer_native_dtype(serve_args)
     gate = _gate(serve_args, settings)
     uvloop.run(vllm_server.serve(serve_args, gate))
 

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -23,6 +24,7 @@ from raee_serve.errors import RaeeError
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.gate import Gate
 from raee_serve.server.middleware import MIDDLEWARE
+from raee_serve.table.probe import default_dtype
 
 PLUGIN = "raee"
 """Name of our `vllm.general_plugins` entry point."""
@@ -96,6 +98,22 @@ def with_options(args: Namespace, options: Mapping[str, Any]) -> None:
             flag = "--" + name.replace("_", "-")
             raise ServeError(f"{flag} {given!r} is given; raee-serve needs its own: {value}")
         setattr(args, name, value)
+
+
+def prefer_native_dtype(args: Namespace) -> None:
+    """On a CPU that only emulates bf16 serve float32, several times faster, in place.
+
+    A --dtype that the user gave stands.
+    """
+    if args.dtype != "auto" or not current_platform.is_cpu():
+        return
+    if default_dtype(torch.device("cpu")) is torch.float32:
+        args.dtype = "float32"
+        print(
+            "raee-serve: this CPU has no native bf16, so weights are served in float32 "
+            "(--dtype overrides)",
+            flush=True,
+        )
 
 
 async def serve(args: Namespace, gate: Gate) -> None:
