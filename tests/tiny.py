@@ -1,5 +1,6 @@
 """Checkpoints of a few thousand random weights, real in everything but size."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -34,28 +35,63 @@ ENGINE_SIZES = {
 """Large enough for vLLM's CPU attention; pass as `**ENGINE_SIZES`."""
 
 
-def tiny_llama(num_layers: int = 4, *, tied: bool = False, **sizes: float) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **{**SIZES, **sizes}, num_hidden_layers=num_layers, tie_word_embeddings=tied
-    )
-    return LlamaForCausalLM(config).eval()
+WITH_TOKENIZER = {
+    "vocab_size": 49152,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.5,
+}
+"""For models that borrow the SmolLM2 tokenizer."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def tiny_gemma3(num_layers: int = 4) -> Gemma3ForCausalLM:
+def tiny_llama(
+    num_layers: int = 4, *, tied: bool = False, seed: int = 0, **config: float
+) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(**{**SIZES, **config}, num_hidden_layers=num_layers, tie_word_embeddings=tied)
+    ).eval()
+
+
+def tiny_gemma3(num_layers: int = 4, *, seed: int = 0, **config: float) -> Gemma3ForCausalLM:
     """Sliding and full attention in turn, a window shorter than the tests' prompts."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layer_types = ["sliding_attention", "full_attention"] * num_layers
-    config = Gemma3TextConfig(
-        **SIZES,
-        num_hidden_layers=num_layers,
-        layer_types=layer_types[:num_layers],
-        sliding_window=4,
-    )
-    return Gemma3ForCausalLM(config).eval()
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **{**SIZES, "sliding_window": 4, **config},
+            num_hidden_layers=num_layers,
+            layer_types=layer_types[:num_layers],
+        )
+    ).eval()
 
 
 def saved(model: PreTrainedModel, directory: Path, **kwargs: object) -> Path:
     """The checkpoint directory of `model`; keyword arguments go to `save_pretrained`."""
     model.save_pretrained(directory, **kwargs)
+    return directory
+
+
+def tokenized_llama(directory: Path, tokenizer: Path, seed: int = 0) -> Path:
+    """A checkpoint that takes text, by the tokenizer of another one."""
+    return _tokenized(tiny_llama(seed=seed, **WITH_TOKENIZER), directory, tokenizer)
+
+
+def tokenized_gemma3(directory: Path, tokenizer: Path, seed: int = 0) -> Path:
+    """As `tokenized_llama`, with capped logits and a window of 5 tokens."""
+    model = tiny_gemma3(
+        seed=seed, sliding_window=5, final_logit_softcapping=4.0, pad_token_id=0, **WITH_TOKENIZER
+    )
+    return _tokenized(model, directory, tokenizer)
+
+
+def _tokenized(model: PreTrainedModel, directory: Path, tokenizer: Path) -> Path:
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # all ones (or zeros) would hide a norm that is skipped
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    saved(model, directory)
+    for file in TOKENIZER_FILES:
+        shutil.copy(tokenizer / file, directory / file)
     return directory

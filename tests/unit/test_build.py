@@ -25,7 +25,7 @@ from raee_serve.table.probe import LayerProbe
 from raee_serve.table.schema import TableMetadata, row_id
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
-from tests.unit.tiny import tiny_gemma3, tiny_llama
+from tests.tiny import tokenized_gemma3, tokenized_llama
 
 pytestmark = pytest.mark.unit
 
@@ -35,7 +35,7 @@ EXAMPLES = [Example(text, int(text.startswith("fine"))) for text in REVIEWS]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, smollm2):
-    return tiny_llama(tmp_path_factory.mktemp("llama") / "tiny", smollm2)
+    return tokenized_llama(tmp_path_factory.mktemp("llama") / "tiny", smollm2)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def write_data(root):
     return root
 
 
-@pytest.mark.parametrize("family", [tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("family", [tokenized_llama, tokenized_gemma3], ids=["llama", "gemma3"])
 def test_command_builds_a_table_that_decides(family, tmp_path, smollm2, capsys):
     model = str(family(tmp_path / "model", smollm2))
     data, uri = str(write_data(tmp_path / "data")), str(tmp_path / "table")
@@ -212,7 +212,7 @@ def test_command_builds_a_table_that_decides(family, tmp_path, smollm2, capsys):
 
 
 def test_command_refuses_another_backbone(tmp_path, smollm2, capsys):
-    first, second = (str(tiny_llama(tmp_path / str(seed), smollm2, seed)) for seed in (1, 2))
+    first, second = (str(tokenized_llama(tmp_path / str(seed), smollm2, seed)) for seed in (1, 2))
     data, uri = str(write_data(tmp_path / "data")), str(tmp_path / "table")
     options = ["--task", "sst2", "--data", data, "--table", uri, "--limit", "2"]
     assert cli.main(["build", "--model", first, *options]) == 0

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from raee_serve.cut import cut_checkpoint
 from raee_serve.errors import CheckpointError
 from raee_serve.table.probe import LayerProbe, default_dtype
-from tests.unit.tiny import tiny_gemma3, tiny_llama
+from tests.tiny import tokenized_gemma3, tokenized_llama
 
 pytestmark = pytest.mark.unit
 
@@ -18,7 +18,7 @@ NUM_LAYERS = 4
 PROMPTS = [list(range(100 + n, 100 + 4 * n, 3)) for n in (17, 3, 9, 1, 12)]
 
 
-@pytest.fixture(scope="module", params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=[tokenized_llama, tokenized_gemma3], ids=["llama", "gemma3"])
 def checkpoint(request, tmp_path_factory, smollm2):
     return request.param(tmp_path_factory.mktemp("backbone") / "full", smollm2)
 

@@ -17,7 +17,7 @@ from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
-from tests.unit.tiny import BACKBONE, entry, label_rows, metadata
+from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata
 
 pytestmark = pytest.mark.unit
 

@@ -16,7 +16,7 @@ from raee_serve.table.evidence import AGREEMENT, evidence_of
 from raee_serve.table.info_command import describe
 from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskRows, row_id
 from raee_serve.table.store import METADATA, ExitTable
-from tests.unit.tiny import BACKBONE, ENCODER, entry, label_rows, metadata, unit_vectors
+from tests.unit.table_rows import BACKBONE, ENCODER, entry, label_rows, metadata, unit_vectors
 
 pytestmark = pytest.mark.unit
 
