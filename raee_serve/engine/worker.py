@@ -21,7 +21,7 @@ class TruncatingCPUWorker(CPUWorker):
         super().load_model(**kwargs)
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.step = V1Step(self.model_runner, num_layers)
-        _truncated_model(self.model_runner.get_model()).step_source = self.step
+        _truncated_model(self.model_runner.get_model()).attach(self.step)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         with self.step.running(scheduler_output):

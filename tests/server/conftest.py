@@ -43,7 +43,8 @@ def served(built_table, tmp_path_factory):
     """A running server; its table is a copy, so that a test may delete it."""
     table = tmp_path_factory.mktemp("served") / "demo"
     shutil.copytree(built_table, table)
-    flags = ["--table", str(table), "--max-model-len", "8192"]
+    # float32: many CPUs have no bf16 arithmetic and are several times slower in it.
+    flags = ["--table", str(table), "--max-model-len", "8192", "--dtype", "float32"]
     flags += ["--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
     with running_server(MODEL, flags) as url:
         yield Served(url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), table)

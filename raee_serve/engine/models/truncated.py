@@ -1,8 +1,9 @@
-"""Mix-in that lets a vLLM causal language model run a truncation plan."""
+"""Mix-in that lets a vLLM causal language model run truncation plans."""
 
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
 from raee_serve.engine.plan import TruncationPlan
@@ -21,28 +22,34 @@ class StepSource(Protocol):
 
 
 class TruncatedExecution:
-    """Goes before the vLLM model class; `self.model` is its decoder stack."""
+    """Goes before the vLLM model class; `self.model` is its decoder stack.
 
-    step_source: StepSource | None = None
+    Until a step source is attached the model is vLLM's own in every respect.
+    """
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        plan = self.step_source.enter_forward() if self.step_source is not None else None
-        if plan is None:
-            return super().forward(  # type: ignore[misc]
-                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
-            )
-        return run_truncated(
-            self.model,  # type: ignore[attr-defined]
-            plan,
-            input_ids,
-            positions,
-            inputs_embeds,
-            **kwargs,
-        )
+    model: nn.Module
+
+    def attach(self, source: StepSource) -> None:
+        """From now on the decoder stack asks `source` for the plan of each forward.
+
+        The stack's forward is replaced, not this model's: a multimodal model that contains this
+        one calls the stack directly.
+        """
+        decoder = self.model
+        vanilla_forward = decoder.forward
+
+        def forward(
+            input_ids: torch.Tensor | None,
+            positions: torch.Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: torch.Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            plan = source.enter_forward()
+            if plan is None:
+                return vanilla_forward(
+                    input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+                )
+            return run_truncated(decoder, plan, input_ids, positions, inputs_embeds, **kwargs)
+
+        decoder.forward = forward
