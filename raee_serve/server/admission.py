@@ -20,10 +20,15 @@ from raee_serve.table.task import Task
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """entries: one per prompt, in prompt order. body: what vLLM is to see."""
+    """entries: one per prompt, in prompt order. body: what vLLM is to see.
+
+    first_tokens: where the body limits its output by choice, the tokens with which its choices
+        begin; a retrieved exit is meaningful only if one of them is sampled first.
+    """
 
     entries: tuple[ExitDecision | Lookup, ...]
     body: dict[str, Any]
+    first_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ class Admission:
         if body.get("use_beam_search"):  # vLLM's beam search heeds no limit on the output
             return Plan((self._full(Reason.UNCONSTRAINED, options.task),) * len(prompts), body)
         plain = is_rendered_plainly(kind, body)
-        return Plan(tuple(self._entry(options, limit, prompt, plain) for prompt in prompts), body)
+        entries = tuple(self._entry(options, limit, prompt, plain) for prompt in prompts)
+        return Plan(entries, body, self._first_tokens(limit))
 
     def _entry(
         self, options: RaeeOptions, limit: OutputLimit, prompt: TextPrompt, plain: bool
@@ -133,6 +139,10 @@ class Admission:
             words = self.labels[(exact or limited)[0]].words
             return [name for name in limited if self.labels[name].words == words]
         return [name for name in names if name not in self.labels]
+
+    def _first_tokens(self, limit: OutputLimit) -> tuple[int, ...]:
+        labels = (label for label in self.labels.values() if limit.choices)
+        return next((o.first_tokens_of(limit) for o in labels if o.allow_all_of(limit)), ())
 
     def _full(self, reason: Reason, task: str | None) -> ExitDecision:
         return ExitDecision.full(self.num_layers, reason, task=task)

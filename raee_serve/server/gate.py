@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raee_serve.records import ExitDecision
+from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.retriever import Lookup
 from raee_serve.server.admission import Admission
+from raee_serve.server.depths import PromptDepth
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, TokenIds, read_prompts
@@ -19,10 +20,20 @@ Detokenize = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """decisions: one per prompt, in prompt order. body: what vLLM is to see."""
+    """decisions: one per prompt, in prompt order. body, first_tokens: see `Plan`."""
 
     decisions: tuple[ExitDecision, ...]
     body: dict[str, Any]
+    first_tokens: tuple[int, ...]
+
+    @property
+    def depths(self) -> list[PromptDepth]:
+        """How each prompt is to run, in prompt order."""
+        return [PromptDepth(d.exit_layer, self._steering(d)) for d in self.decisions]
+
+    def _steering(self, decision: ExitDecision) -> tuple[int, ...]:
+        steered = decision.reason is Reason.RETRIEVED and not decision.is_full
+        return self.first_tokens if steered else ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Gate:
         plan = self.admission.plan(kind, body, options, prompts)
         decisions = await self._decided(plan.entries)
         self.metrics.record(decisions)
-        return Admitted(decisions, plan.body)
+        return Admitted(decisions, plan.body, plan.first_tokens)
 
     def close(self) -> None:
         if self.lookups is not None:

@@ -6,7 +6,7 @@ words can be sampled: elsewhere the early layers of a plain backbone give noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,19 @@ MAX_BIAS = 100.0
 class OutputLimit:
     """What a body lets the model say.
 
-    choices: words of `structured_outputs.choice` without a leading space; None if not limited so.
+    spellings: strings of `structured_outputs.choice`; empty if not limited so.
     token_ids: `allowed_token_ids`; None if not limited so.
     is_set: whether the body limits its output in any way, these or others.
     """
 
-    choices: frozenset[str] | None
+    spellings: frozenset[str]
     token_ids: frozenset[int] | None
     is_set: bool
+
+    @property
+    def choices(self) -> frozenset[str]:
+        """The choices as words: without a leading space."""
+        return frozenset(spelling.removeprefix(" ") for spelling in self.spellings)
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> OutputLimit:
@@ -37,7 +42,7 @@ class OutputLimit:
         token_ids = body.get("allowed_token_ids")
         return cls(
             # vLLM lets response_format take the place of structured_outputs.
-            choices=None if has_format else _choices(structured),
+            spellings=frozenset() if has_format else _choices(structured),
             token_ids=_token_ids(token_ids),
             is_set=has_format or structured is not None or token_ids is not None,
         )
@@ -51,12 +56,14 @@ class LabelOutputs:
     texts: the words as they continue a prompt (" great" after text, "great" in a chat).
     token_ids: first token of each text; all different.
     single_token: whether every text is that one token.
+    spellings: first token of each word with and without a space before it.
     """
 
     words: tuple[str, ...]
     texts: tuple[str, ...]
     token_ids: tuple[int, ...]
     single_token: bool
+    spellings: Mapping[str, int]
 
     @classmethod
     def of(cls, task: Task, table_ids: Sequence[int], tokenizer: Any) -> LabelOutputs:
@@ -77,6 +84,8 @@ class LabelOutputs:
             texts=texts,
             token_ids=token_ids,
             single_token=all(len(answer_token_ids(tokenizer, prompt, t)) == 1 for t in texts),
+            spellings=_spellings(tokenizer, task.label_words)
+            | dict(zip(texts, token_ids, strict=True)),
         )
 
     def allow_all_of(self, limit: OutputLimit) -> bool:
@@ -93,25 +102,33 @@ class LabelOutputs:
             return _with_max_tokens(body | {"allowed_token_ids": list(self.token_ids)}, 1)
         limited = body | {
             "structured_outputs": {"choice": list(self.texts)},
-            "logit_bias": self._first_token_bias(body.get("logit_bias")),
+            "logit_bias": _biased(body.get("logit_bias"), self.token_ids),
         }
         # A token is at least one byte, so this covers every spelling of the longest text.
         return _with_max_tokens(limited, 1 + max(len(text.encode()) for text in self.texts))
 
-    def _first_token_bias(self, client: Any) -> Any:
-        """Raise the label tokens above every other way of spelling the label texts.
+    def first_tokens_of(self, limit: OutputLimit) -> tuple[int, ...]:
+        """First tokens of the choices that the output is limited to, as they are spelled."""
+        return tuple(sorted(self.spellings[choice] for choice in limit.spellings))
 
-        The grammar of a choice also admits pieces of the words (" gr" + "eat"), which say nothing
-        about the label at an early exit. The client's own biases keep their differences.
-        """
-        if client is not None and not isinstance(client, dict):
-            return client  # malformed: vLLM's own error comes out
-        bias = dict(client or {})
-        own = {str(token): bias.get(str(token), 0.0) for token in self.token_ids}
-        if not all(isinstance(value, int | float) for value in own.values()):
-            return client
-        raise_by = MAX_BIAS - max(own.values())
-        return bias | {token: value + raise_by for token, value in own.items()}
+
+def with_first_tokens(bias: Mapping[Any, float], tokens: Sequence[Any]) -> dict[Any, float]:
+    """`bias` with `tokens` raised above every other; their own biases keep their differences.
+
+    The grammar of a choice also admits pieces of its words (" gr" + "eat"). What those say about
+    the label is unknown: tables hold what each layer says at the words' first tokens.
+    """
+    own = {token: bias.get(token, 0.0) for token in tokens}
+    raise_by = MAX_BIAS - max(own.values(), default=0.0)
+    return {**bias, **{token: value + raise_by for token, value in own.items()}}
+
+
+def _biased(client: Any, tokens: Sequence[int]) -> Any:
+    """A body's `logit_bias` with `tokens` raised; as it came if malformed, for vLLM to refuse."""
+    bias = {} if client is None else client
+    if not isinstance(bias, dict) or not all(isinstance(v, int | float) for v in bias.values()):
+        return client
+    return with_first_tokens(bias, [str(token) for token in tokens])
 
 
 def _has_response_format(body: dict[str, Any]) -> bool:
@@ -119,11 +136,16 @@ def _has_response_format(body: dict[str, Any]) -> bool:
     return wanted is not None and not (isinstance(wanted, dict) and wanted.get("type") == "text")
 
 
-def _choices(structured: Any) -> frozenset[str] | None:
+def _choices(structured: Any) -> frozenset[str]:
     choice = structured.get("choice") if isinstance(structured, dict) else None
     if not isinstance(choice, list) or not all(isinstance(item, str) for item in choice):
-        return None
-    return frozenset(item.removeprefix(" ") for item in choice)
+        return frozenset()
+    return frozenset(choice)
+
+
+def _spellings(tokenizer: Any, words: Sequence[str]) -> dict[str, int]:
+    written = [spelling for word in words for spelling in (word, f" {word}")]
+    return {s: tokenizer(s, add_special_tokens=False)["input_ids"][0] for s in written}
 
 
 def _token_ids(allowed: Any) -> frozenset[int] | None:

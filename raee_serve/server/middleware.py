@@ -19,7 +19,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from raee_serve.records import ExitDecision
-from raee_serve.server.engine_client import request_depths
+from raee_serve.server.depths import request_depths
 from raee_serve.server.gate import Admitted, Gate
 from raee_serve.server.options import OptionError
 from raee_serve.server.prompts import Kind
@@ -57,7 +57,7 @@ class RaeeMiddleware:
 
     async def _run(self, admitted: Admitted, scope: Scope, receive: Receive, send: Send) -> None:
         raw = json.dumps(admitted.body).encode()
-        with request_depths([decision.exit_layer for decision in admitted.decisions]):
+        with request_depths(admitted.depths):
             await self.app(
                 _with_length(scope, len(raw)),
                 _replay(raw, receive),

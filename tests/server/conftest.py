@@ -15,7 +15,7 @@ from raee_serve.table.tasks import get_task
 
 MODEL = "smollm2-135m"
 NUM_LAYERS = 30
-ROWS = 40
+ROWS = 24
 """Table rows a task: the first of a shuffle of the demo set."""
 
 
@@ -43,8 +43,7 @@ def served(built_table, tmp_path_factory):
     """A running server; its table is a copy, so that a test may delete it."""
     table = tmp_path_factory.mktemp("served") / "demo"
     shutil.copytree(built_table, table)
-    # float32: many CPUs have no bf16 arithmetic and are several times slower in it.
-    flags = ["--table", str(table), "--max-model-len", "8192", "--dtype", "float32"]
+    flags = ["--table", str(table), "--max-model-len", "8192"]
     flags += ["--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
     with running_server(MODEL, flags) as url:
         yield Served(url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), table)

@@ -143,9 +143,9 @@ def test_many_requests_at_once_keep_their_own_depths(served, reviews):
 
 def test_n_answers_of_one_prompt_have_one_decision(served, shallow):
     prompt, alone = shallow
-    reply = complete(served, prompt, n=3, extra_body=CHOICE)
+    reply = complete(served, prompt, n=3, temperature=1, extra_body=CHOICE)
     assert reply.layers == alone.layers and len(reply.texts) == 3
-    assert set(reply.texts) == {alone.texts[0]}
+    assert set(reply.texts) <= set(LABELS)
 
 
 def test_decisions_are_counted_on_vllms_metrics_page(served, shallow):

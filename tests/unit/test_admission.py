@@ -41,10 +41,17 @@ IDS = {
     "trec": (20, 21),
     "chat": (30, 31),
 }
-LABELS = {
-    name: LabelOutputs(TASKS[name].label_words, TASKS[name].label_texts(), ids, name != "trec")
-    for name, ids in IDS.items()
-}
+
+
+def outputs(task, ids):
+    """Label words without the space are other tokens, 100 further on."""
+    bare = {word: id + 100 for word, id in zip(task.label_words, ids, strict=True)}
+    texts = dict(zip(task.label_texts(), ids, strict=True))
+    single_token = task.name != "trec"
+    return LabelOutputs(task.label_words, task.label_texts(), ids, single_token, bare | texts)
+
+
+LABELS = {name: outputs(TASKS[name], ids) for name, ids in IDS.items()}
 ADMISSION = Admission(NUM_LAYERS, TASKS, LABELS)
 CHOICE = {"structured_outputs": {"choice": [" terrible", "great"]}}
 
@@ -162,6 +169,13 @@ def test_labels_of_several_tokens_are_limited_by_choice_and_a_bias_on_their_firs
     assert body["structured_outputs"] == {"choice": [" entity", " person"]}
     assert body["logit_bias"] == {"20": 97.0, "21": 100.0, "5": -1}
     assert body["max_tokens"] > len(" entity")
+
+
+def test_choices_are_to_begin_with_the_tokens_that_the_table_knows():
+    limit = {"structured_outputs": {"choice": [" terrible", "great"]}}
+    assert plan({"prompt": "Fine. It was", **limit}).first_tokens == (10, 111)
+    assert plan({"prompt": "Fine. It was", "allowed_token_ids": [10, 11]}).first_tokens == ()
+    assert plan({"prompt": "x", "structured_outputs": {"choice": ["fine"]}}).first_tokens == ()
 
 
 def test_server_defaults_yield_to_the_request():

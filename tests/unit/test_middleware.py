@@ -17,7 +17,8 @@ from vllm.sampling_params import SamplingParams
 from raee_serve.engine.settings import EXIT_LAYER_KEY
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.admission import Admission
-from raee_serve.server.engine_client import DepthClient, RequestDepths
+from raee_serve.server.depths import PromptDepth, RequestDepths
+from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.gate import Gate
 from raee_serve.server.limits import LabelOutputs
 from raee_serve.server.lookup import LookupBatcher
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.unit
 
 NUM_LAYERS = 30
 TASK = Task("sst2", CompletionPrompt("{text} It was"), ("terrible", "great"))
-LABELS = LabelOutputs(TASK.label_words, TASK.label_texts(), (10, 11), True)
+SPELLINGS = {"terrible": 8, "great": 9, " terrible": 10, " great": 11}
+LABELS = LabelOutputs(TASK.label_words, TASK.label_texts(), (10, 11), True, SPELLINGS)
 DECISION = ExitDecision(5, NUM_LAYERS, Reason.RETRIEVED, "sst2", 0.25)
 
 
@@ -201,9 +203,19 @@ def test_a_fixed_depth_reaches_routes_that_admission_does_not_read():
 
 
 def test_more_generations_than_prompts_run_at_full_depth_unless_all_are_alike():
-    alike, mixed = RequestDepths([5, 5]), RequestDepths([5, 9])
-    assert [alike.take() for _ in range(4)] == [5, 5, 5, 5]
-    assert [mixed.take() for _ in range(3)] == [5, 9, None]
+    five, nine = PromptDepth(5), PromptDepth(9)
+    alike, mixed = RequestDepths([five, five]), RequestDepths([five, nine])
+    assert [alike.take() for _ in range(4)] == [five] * 4
+    assert [mixed.take() for _ in range(3)] == [five, nine, None]
+
+
+def test_only_a_retrieved_exit_is_steered_to_the_first_tokens_of_its_choices():
+    server = Server()
+    limit = {"structured_outputs": {"choice": ["terrible", " great"]}}
+    server.post(prompt=["a It was", "b"], **limit)
+    server.post(prompt="a It was", raee={"exit_layer": 5}, **limit)
+    server.post(prompt="a It was", **ALLOWED)
+    assert [p.logit_bias for p in server.engine.params] == [{8: 100.0, 11: 100.0}, None, None, None]
 
 
 def test_the_rest_of_the_engine_is_the_engines():

@@ -1,0 +1,62 @@
+"""How the prompts of the HTTP request at hand are to run: from the middleware to the engine client.
+
+A context variable carries it past vLLM's endpoints, which know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDepth:
+    """exit_layer: 1..num_layers. first_tokens: of which one is to be sampled first; empty: any."""
+
+    exit_layer: int
+    first_tokens: tuple[int, ...] = ()
+
+
+class RequestDepths:
+    """The depths of one HTTP request's prompts, handed out in prompt order.
+
+    vLLM's endpoints start one generation per prompt, in order. Only beam search starts more, and
+    then all prompts of the request are to run alike.
+    """
+
+    def __init__(self, depths: Sequence[PromptDepth]) -> None:
+        self._depths = tuple(depths)
+        self._given = 0
+
+    def take(self) -> PromptDepth | None:
+        """The next prompt's depth; None once every prompt has had its own."""
+        if len(set(self._depths)) == 1:
+            return self._depths[0]
+        if self._given == len(self._depths):
+            return None
+        self._given += 1
+        return self._depths[self._given - 1]
+
+
+_current: ContextVar[RequestDepths | None] = ContextVar("raee_request_depths", default=None)
+
+
+@contextmanager
+def request_depths(depths: Sequence[PromptDepth] | None) -> Iterator[None]:
+    """Within it, and in tasks started from it, generations run at these depths.
+
+    None for a request that admission does not read. It must be said, not left out: uvicorn starts
+    a pipelined request in the context of the one before it.
+    """
+    token = _current.set(None if depths is None else RequestDepths(depths))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_depths() -> RequestDepths | None:
+    """Of the request in whose context this is called; None if admission did not read it."""
+    return _current.get()
