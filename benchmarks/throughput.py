@@ -33,7 +33,8 @@ from raee_serve.engine.settings import engine_options
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.table.probe import default_dtype
 
-MIXES = ("random over 6 depths", "half shallow, half full")
+MIXES = ("six-depths", "half-shallow")
+"""Uniform random over six depths; half at a third of the layers, half at full depth."""
 
 
 class Comparison:
@@ -169,12 +170,13 @@ def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
                 for kind, ratio in ratios.items():
                     report(name, f"depth {depth} of {n}: {kind}", ratio)
                 result["uniform"][name][depth] = {k: r.as_dict() for k, r in ratios.items()}
-            if workload.num_requests == 1 or args.no_mixes:
+            if workload.num_requests == 1:
                 continue
             result["mixed_efficiency"][name] = {}
-            for mix, exits in mixes(n, workload.num_requests).items():
+            for mix in args.mixes:
+                exits = mixes(n, workload.num_requests)[mix]
                 ratio = mixed(comparison, workload, exits, args.pairs)
-                report(name, f"{mix}: ideal / measured", ratio)
+                report(name, f"mix {mix}: ideal / measured", ratio)
                 result["mixed_efficiency"][name][mix] = ratio.as_dict()
     finally:
         comparison.close()
@@ -197,7 +199,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--depths", nargs="+", type=int)
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--no-mixes", action="store_true")
+    parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=MIXES)
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args()
     print(machine())
