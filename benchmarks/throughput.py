@@ -146,7 +146,6 @@ def mixes(num_layers: int, num_requests: int) -> dict[str, list[int]]:
 def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
     comparison = Comparison(args.model, args.dtype, workdir)
     n = comparison.num_layers
-    depths = args.depths or sorted({round(n / 3), round(n / 2), round(2 * n / 3)})
     result: dict[str, Any] = {
         "model": args.model,
         "dtype": args.dtype,
@@ -159,32 +158,42 @@ def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
         "mixed_efficiency": {},
     }
     try:
-        for name in args.workloads:
-            workload = WORKLOADS[name]
-            full = uniform(comparison, workload, n, args.pairs)["efficiency"]
-            report(name, "full depth / vanilla", full)
-            result["full_depth_ratio"][name] = full.as_dict()
-            result["uniform"][name] = {}
-            for depth in depths:
-                ratios = uniform(comparison, workload, depth, args.pairs)
-                for kind, ratio in ratios.items():
-                    report(name, f"depth {depth} of {n}: {kind}", ratio)
-                result["uniform"][name][depth] = {k: r.as_dict() for k, r in ratios.items()}
-            if workload.num_requests == 1:
-                continue
-            result["mixed_efficiency"][name] = {}
-            for mix in args.mixes:
-                exits = mixes(n, workload.num_requests)[mix]
-                ratio = mixed(comparison, workload, exits, args.pairs)
-                report(name, f"mix {mix}: ideal / measured", ratio)
-                result["mixed_efficiency"][name][mix] = ratio.as_dict()
+        for workload in (WORKLOADS[name] for name in args.workloads):
+            for key, figures in measure_workload(comparison, workload, args).items():
+                result[key][workload.name] = figures
     finally:
         comparison.close()
     return result
 
 
-def report(workload: str, what: str, ratio: Ratio) -> None:
-    print(f"{workload:14} {what:44} {ratio}", flush=True)
+def measure_workload(
+    comparison: Comparison, workload: Workload, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The figures of one workload under the names of the result's fields."""
+    n = comparison.num_layers
+    full = uniform(comparison, workload, n, args.pairs)["efficiency"]
+    report(workload, "full depth / vanilla", full)
+    depths = {}
+    for depth in args.depths or sorted({round(n / 3), round(n / 2), round(2 * n / 3)}):
+        ratios = uniform(comparison, workload, depth, args.pairs)
+        for kind, ratio in ratios.items():
+            report(workload, f"depth {depth} of {n}: {kind}", ratio)
+        depths[depth] = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
+    mixed_depths = {}
+    for mix in args.mixes if workload.num_requests > 1 else ():
+        exits = mixes(n, workload.num_requests)[mix]
+        ratio = mixed(comparison, workload, exits, args.pairs)
+        report(workload, f"mix {mix}: ideal / measured", ratio)
+        mixed_depths[mix] = ratio.as_dict()
+    return {
+        "full_depth_ratio": full.as_dict(),
+        "uniform": depths,
+        "mixed_efficiency": mixed_depths,
+    }
+
+
+def report(workload: Workload, what: str, ratio: Ratio) -> None:
+    print(f"{workload.name:14} {what:44} {ratio}", flush=True)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ class Workload:
 
         exit_layers: [num_requests], or `None` for systems that know no exits.
         """
-        rng = random.Random(f"{self.name}-{seed}")
+        rng = random.Random(f"{self.name}-{self.num_requests}-{seed}")
         prompts = [
             [rng.randrange(10, vocab_size) for _ in range(self.prompt_len)]
             for _ in range(self.num_requests)
