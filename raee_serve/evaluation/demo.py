@@ -24,7 +24,7 @@ from raee_serve.table.datasets import Example
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
 
-TABLE_ROWS, EVAL_ROWS, SHOWN = 400, 100, 2
+TABLE_ROWS, EVAL_ROWS, SHOWN = 300, 60, 2
 """At most, a task: rows built, rows evaluated, prompts whose answers are printed."""
 SEED = 0
 CONCURRENCY = 16

@@ -21,7 +21,7 @@ from raee_serve.table.tasks import get_task
 PATIENT_TIMEOUT_MS = 60_000
 OWN_SERVER_FLAGS = ("--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS), "--no-enable-prefix-caching")
 """So that quality is not a matter of time-outs, and the second run gains nothing from the first."""
-WARM_UP = 8
+WARM_UP = 4
 """Requests before anything is timed, at full and at retrieved depth each."""
 
 DESCRIPTION = """Ask a server about a task's test rows, once at full depth and once at retrieved

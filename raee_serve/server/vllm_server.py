@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -62,26 +62,31 @@ def parse_serve_args(rest: Sequence[str]) -> Namespace:
     return args
 
 
-def _refusals(args: Namespace) -> Iterator[tuple[bool, str]]:
+def _refusals(args: Namespace) -> list[tuple[bool, str]]:
     """(refused, why) per front-end feature. The engine's are checked where its config is known."""
     count, ranks, plugins = args.api_server_count, args.data_parallel_size, envs.VLLM_PLUGINS
-    yield count not in (None, 1), f"--api-server-count {count}; allowed: 1"
-    yield ranks > 1, f"--data-parallel-size {ranks}; allowed: 1"
-    yield args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"
-    yield args.headless, "--headless: admission needs the HTTP server"
-    yield args.grpc, "--grpc: admission reads HTTP requests"
-    yield bool(envs.VLLM_USE_RUST_FRONTEND), "VLLM_USE_RUST_FRONTEND: admission runs in Python"
-    yield (
-        bool(args.revision),
-        (f"--revision {args.revision}: download that revision and give its directory as the model"),
-    )
-    yield (
-        plugins is not None and PLUGIN not in plugins,
+    return [
+        (count not in (None, 1), f"--api-server-count {count}; allowed: 1"),
+        (ranks > 1, f"--data-parallel-size {ranks}; allowed: 1"),
+        (args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"),
+        (args.headless, "--headless: admission needs the HTTP server"),
+        (args.grpc, "--grpc: admission reads HTTP requests"),
+        (envs.VLLM_USE_RUST_FRONTEND, "VLLM_USE_RUST_FRONTEND: admission runs in Python"),
         (
-            f"VLLM_PLUGINS={','.join(plugins or [])}, which keeps our plug-in from loading; "
-            f"add {PLUGIN} or unset it"
+            bool(args.revision),
+            f"--revision {args.revision}: fetch that revision and give its directory as the model",
         ),
-    )
+        (
+            bool(args.reasoning_parser),
+            f"--reasoning-parser {args.reasoning_parser}: a limit to label words does not hold "
+            "while the model reasons",
+        ),
+        (
+            plugins is not None and PLUGIN not in plugins,
+            f"VLLM_PLUGINS={','.join(plugins or [])}, which keeps our plug-in from loading; "
+            f"add {PLUGIN} or unset it",
+        ),
+    ]
 
 
 def with_options(args: Namespace, options: Mapping[str, Any]) -> None:

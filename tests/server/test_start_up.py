@@ -55,6 +55,7 @@ def test_neither_a_table_nor_a_depth():
         (["--exit-layer", "3", "--headless"], "--headless"),
         (["--exit-layer", "3", "--grpc"], "--grpc"),
         (["--exit-layer", "3", "--revision", "main"], "--revision main"),
+        (["--exit-layer", "3", "--reasoning-parser", "qwen3"], "--reasoning-parser qwen3"),
         (["--exit-layer", "3", "--scheduler-cls", "a.B"], "raee-serve needs its own"),
         (["--exit-layer", "3", "--worker-cls", "a.B"], "raee-serve needs its own"),
     ],
