@@ -7,6 +7,8 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
+from raee_serve.engine.settings import exit_args
+
 
 def main() -> None:
     """First line in: engine arguments. Then a job a line; each answer is one JSON line."""
@@ -28,7 +30,7 @@ def run(llm: LLM, job: dict[str, Any]) -> float:
             max_tokens=job["output_len"],
             ignore_eos=True,
             detokenize=False,
-            extra_args=None if d is None else {"raee_exit_layer": d},
+            extra_args=None if d is None else exit_args(d),
         )
         for d in exits
     ]

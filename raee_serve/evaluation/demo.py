@@ -6,7 +6,6 @@ Minutes on two cores; only what is installed is used, and the data directory whe
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from raee_serve.evaluation.asking import Answer, Asker, asker
 from raee_serve.evaluation.report import TaskResult, as_json, as_table
 from raee_serve.evaluation.run import OWN_SERVER_FLAGS, evaluate, shuffled_rows
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import Example
+from raee_serve.table.datasets import DEFAULT_ROOT, Example
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
 
@@ -110,8 +109,7 @@ def how(answer: Answer) -> str:
 
 def data_root() -> str | None:
     """The data directory, if there is one: RAEE_DATA, by default ../shared/data."""
-    root = os.environ.get("RAEE_DATA", "../shared/data")
-    return root if Path(root).is_dir() else None
+    return DEFAULT_ROOT if Path(DEFAULT_ROOT).is_dir() else None
 
 
 def shortened(text: str, width: int = 150) -> str:

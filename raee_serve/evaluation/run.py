@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +13,7 @@ from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Asker, asker
 from raee_serve.evaluation.report import TaskResult, as_json, as_table
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import Example, load_examples
+from raee_serve.table.datasets import DEFAULT_ROOT, Example, load_examples
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="ROOT",
-        default=os.environ.get("RAEE_DATA", "../shared/data"),
+        default=DEFAULT_ROOT,
         help="data directory, or 'hub' (default: RAEE_DATA, else ../shared/data)",
     )
     parser.add_argument("--limit", type=_positive, metavar="N", help="test rows a task")

@@ -92,14 +92,12 @@ def _refusals(args: Namespace) -> list[tuple[bool, str]]:
 def with_options(args: Namespace, options: Mapping[str, Any]) -> None:
     """Put the extension's engine options onto the parsed arguments, in place.
 
-    `additional_config` is merged with the user's. A scheduler or worker class of the user's is
-    refused with ServeError: ours cannot share the engine with another.
+    A scheduler or worker class of the user's is refused with ServeError: ours cannot share the
+    engine with another.
     """
     for name, value in options.items():
         given = getattr(args, name)
-        if isinstance(value, dict):
-            value = {**(given or {}), **value}
-        elif name.endswith("_cls") and given not in (None, "auto", value):
+        if name.endswith("_cls") and given not in (None, "auto", value):
             flag = "--" + name.replace("_", "-")
             raise ServeError(f"{flag} {given!r} is given; raee-serve needs its own: {value}")
         setattr(args, name, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from argparse import ArgumentParser, Namespace
 
@@ -13,7 +12,7 @@ from raee_serve.errors import RaeeError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder
-from raee_serve.table.datasets import Example, load_examples
+from raee_serve.table.datasets import DEFAULT_ROOT, Example, load_examples
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
@@ -38,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="ROOT",
-        default=os.environ.get("RAEE_DATA", "../shared/data"),
+        default=DEFAULT_ROOT,
         help="data directory, or 'hub' (default: RAEE_DATA, else ../shared/data)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="rows a task (default: all)")

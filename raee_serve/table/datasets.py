@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 HUB = "hub"
 """The data root that stands for the hub instead of a directory."""
+DEFAULT_ROOT = os.environ.get("RAEE_DATA", "../shared/data")
+"""The data directory where none is given; it need not exist."""
 
 Split = Literal["train", "test"]
 

@@ -22,8 +22,8 @@ def hasher():
     return get_request_block_hasher(BLOCK, sha256)
 
 
-def hashes(hasher, exit_layer, client_salt=None):
-    request = Request(
+def arriving(hasher, client_salt=None):
+    return Request(
         request_id="r",
         prompt_token_ids=list(range(3 * BLOCK + 5)),
         sampling_params=SamplingParams(max_tokens=1),
@@ -31,6 +31,10 @@ def hashes(hasher, exit_layer, client_salt=None):
         cache_salt=client_salt,
         block_hasher=hasher,
     )
+
+
+def hashes(hasher, exit_layer, client_salt=None):
+    request = arriving(hasher, client_salt)
     salt_block_hashes(request, exit_layer, NUM_LAYERS)
     assert len(request.block_hashes) == 3
     return request.block_hashes
@@ -47,14 +51,7 @@ def test_depths_and_client_salts_are_all_kept_apart(hasher):
 
 
 def test_full_depth_keeps_vanilla_hashes(hasher):
-    vanilla = Request(
-        request_id="v",
-        prompt_token_ids=list(range(3 * BLOCK + 5)),
-        sampling_params=SamplingParams(max_tokens=1),
-        pooling_params=None,
-        block_hasher=hasher,
-    )
-    assert hashes(hasher, NUM_LAYERS) == vanilla.block_hashes
+    assert hashes(hasher, NUM_LAYERS) == arriving(hasher).block_hashes
 
 
 def test_client_cannot_name_another_depths_blocks(hasher):
