@@ -1,8 +1,8 @@
 """Seam: see the step a V1 model runner has in flight, and narrow its attention state.
 
-Upstream: `GPUModelRunner.input_batch.req_ids` (batch order), `GPUModelRunner.attn_groups`
-(metadata builders and their layers), and in the forward context `attn_metadata` and
-`slot_mapping`, both by layer name.
+Upstream: `GPUModelRunner.input_batch.req_ids` (batch order), `num_prompt_logprobs` (requests
+whose prompt is being scored), `attn_groups` (metadata builders and their layers), and in the
+forward context `attn_metadata` and `slot_mapping`, both by layer name.
 Checked on: vLLM 0.32.0, CPU attention.
 Why no extension point serves: the V1 runner builds one attention metadata for all layers and
 offers no hook between that and the model's forward.
@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
+from raee_serve_patches.lora_rows import LoraRows
 from raee_serve_patches.seam import Seam
 
 SEAM = Seam(
@@ -25,6 +26,8 @@ SEAM = Seam(
     {
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": "e058bf791a29",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata": "6015ffa2b3ec",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict": "889fdb068dfc",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._calc_spec_decode_metadata": "6148d63fa0bf",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_slot_mappings": "a7830268c258",
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": "7ff5ab962cb4",
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata": "f342a75c3ef9",
@@ -39,6 +42,7 @@ class V1Step:
     def __init__(self, runner: Any, num_layers: int) -> None:
         self._runner = runner
         self._num_layers = num_layers
+        self._lora = LoraRows(runner) if runner.lora_config else None
         self._scheduler_output: Any = None
 
     @contextmanager
@@ -50,6 +54,8 @@ class V1Step:
             yield
         finally:
             self._scheduler_output = None
+            if self._lora is not None:
+                self._lora.restore()
 
     def enter_forward(self) -> TruncationPlan | None:
         """Plan the step in flight and put its attention state into the forward context."""
@@ -62,10 +68,30 @@ class V1Step:
             [exit_layers[r] for r in request_ids],
             [query_lens[r] for r in request_ids],
             self._num_layers,
+            [self._wanted_rows(r, query_lens[r]) for r in request_ids],
         )
-        if plan is not None and not plan.is_uniform:
-            narrow_attention(self._runner.attn_groups, plan)
+        if plan is None or plan.is_plain:
+            return plan
+        narrow_attention(self._runner.attn_groups, plan)
+        if self._lora is not None:
+            self._lora.reorder(plan.row_order)
         return plan
+
+    def enter_stage(self, stage: Stage) -> None:
+        """Narrow what is indexed by row outside the forward context."""
+        if self._lora is not None:
+            self._lora.narrow(stage.num_rows)
+
+    def _wanted_rows(self, request_id: str, query_len: int) -> int:
+        """Last rows of a request whose hidden states the runner reads after the forward.
+
+        One to sample from, one more for each draft token, every row when the prompt is scored.
+        LoRA maps all rows of a layer to adapters at once, so there none can drop out within.
+        """
+        if self._lora is not None or request_id in self._runner.num_prompt_logprobs:
+            return query_len
+        drafts = self._scheduler_output.scheduled_spec_decode_tokens.get(request_id, ())
+        return 1 + len(drafts)
 
 
 def narrow_attention(attn_groups: list[list[Any]], plan: TruncationPlan) -> None:
@@ -79,54 +105,43 @@ def narrow_attention(attn_groups: list[list[Any]], plan: TruncationPlan) -> None
     slots: dict[str, Any] = {}
     for group in (g for groups in attn_groups for g in groups):
         builder = group.get_metadata_builder()
-        whole = _in_plan_order(context.attn_metadata[group.layer_names[0]], plan)
+        whole = _InPlanOrder(context.attn_metadata[group.layer_names[0]], plan)
         layers = {name: extract_layer_index(name) for name in group.layer_names}
         for stage in plan.stages:
             names = [n for n, i in layers.items() if stage.first_layer <= i < stage.end_layer]
             if not names:
                 continue
-            narrowed = _narrow(whole, stage)
-            built = builder.build(0, narrowed)
+            built = builder.build(0, whole.at(stage))
             metadata.update(dict.fromkeys(names, built))
-            slots.update(dict.fromkeys(names, narrowed.slot_mapping))
+            slots.update(dict.fromkeys(names, whole.slot_mapping[: stage.num_rows]))
     context.attn_metadata = metadata
     context.slot_mapping = slots
 
 
-def _in_plan_order(built: Any, plan: TruncationPlan) -> CommonAttentionMetadata:
-    """The whole step's common metadata, taken back from one group's built metadata."""
-    seq_lens, block_table, slots = built.seq_lens, built.block_table, built.slot_mapping
-    if plan.request_order is not None:
-        seq_lens = seq_lens[plan.request_order]
-        block_table = block_table[plan.request_order]
-        slots = slots[plan.row_order]
-    return CommonAttentionMetadata(
-        query_start_loc=plan.query_start_loc,
-        query_start_loc_cpu=plan.query_start_loc,
-        seq_lens=seq_lens,
-        num_reqs=len(seq_lens),
-        num_actual_tokens=plan.num_rows,
-        max_query_len=built.max_query_len,
-        max_seq_len=built.max_seq_len,
-        block_table_tensor=block_table,
-        slot_mapping=slots,
-        causal=built.causal,
-    )
+class _InPlanOrder:
+    """One attention group's common metadata, taken back from what was built for the whole step."""
 
+    def __init__(self, built: Any, plan: TruncationPlan) -> None:
+        self._built = built
+        self._seq_lens, self._block_table = built.seq_lens, built.block_table
+        self.slot_mapping = built.slot_mapping
+        if plan.request_order is not None:
+            self._seq_lens = built.seq_lens[plan.request_order]
+            self._block_table = built.block_table[plan.request_order]
+            self.slot_mapping = built.slot_mapping[plan.row_order]
 
-def _narrow(whole: CommonAttentionMetadata, stage: Stage) -> CommonAttentionMetadata:
-    """The part of the step that is alive in `stage`: views of the first requests and rows."""
-    requests, rows = stage.num_requests, stage.num_rows
-    query_start_loc = whole.query_start_loc[: requests + 1]
-    return CommonAttentionMetadata(
-        query_start_loc=query_start_loc,
-        query_start_loc_cpu=query_start_loc,
-        seq_lens=whole.seq_lens[:requests],
-        num_reqs=requests,
-        num_actual_tokens=rows,
-        max_query_len=stage.max_query_len,
-        max_seq_len=whole.max_seq_len,
-        block_table_tensor=whole.block_table_tensor[:requests],
-        slot_mapping=whole.slot_mapping[:rows],
-        causal=whole.causal,
-    )
+    def at(self, stage: Stage) -> CommonAttentionMetadata:
+        """The part that is alive in `stage`: views of the first requests, queries of kept rows."""
+        requests = stage.num_requests
+        return CommonAttentionMetadata(
+            query_start_loc=stage.query_start_loc,
+            query_start_loc_cpu=stage.query_start_loc,
+            seq_lens=self._seq_lens[:requests],
+            num_reqs=requests,
+            num_actual_tokens=stage.num_kept,
+            max_query_len=stage.max_query_len,
+            max_seq_len=self._built.max_seq_len,
+            block_table_tensor=self._block_table[:requests],
+            slot_mapping=self.slot_mapping[: stage.num_rows],
+            causal=self._built.causal,
+        )

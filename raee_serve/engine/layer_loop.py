@@ -1,12 +1,14 @@
 """The one decoder loop that every supported architecture shares."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from raee_serve.engine.plan import TruncationPlan
+from raee_serve.engine.plan import Stage, TruncationPlan
 
 
 def run_truncated(
@@ -15,6 +17,9 @@ def run_truncated(
     input_ids: torch.Tensor | None,
     positions: torch.Tensor,
     inputs_embeds: torch.Tensor | None = None,
+    *,
+    residual_norm: str,
+    enter_stage: Callable[[Stage], None] | None = None,
     **layer_kwargs: Any,
 ) -> torch.Tensor:
     """Run each row through its own number of layers, then the final norm on all rows at once.
@@ -22,17 +27,18 @@ def run_truncated(
     decoder: a vLLM decoder stack with `embed_input_ids`, `layers` (each called as
         `layer(positions, hidden, residual)`) and `norm` (called as `norm(hidden, residual)`).
     input_ids, positions: [T]; inputs_embeds: [T, hidden_size], used instead of `input_ids`.
-    Returns [T, hidden_size], in batch order.
+    residual_norm: name of the norm in which a layer adds its attention output to the residual.
+    enter_stage: called before the layers of each stage run.
+    Returns [T, hidden_size], in batch order; rows that the plan does not want hold the state of
+    another row of their request.
 
     Hidden state and residual of a row that leaves stay apart until the final norm: vLLM adds
     them there in the norm's own precision, as it would in a checkpoint cut to that depth.
     """
-    if plan.row_order is not None:
-        positions = positions[plan.row_order]
-        input_ids = None if input_ids is None else input_ids[plan.row_order]
-        inputs_embeds = None if inputs_embeds is None else inputs_embeds[plan.row_order]
     hidden = decoder.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
     assert hidden.shape[0] == plan.num_rows, (hidden.shape, plan.num_rows)
+    if plan.row_order is not None:
+        hidden, positions = hidden[plan.row_order], positions[plan.row_order]
 
     residual = None
     left: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -41,8 +47,14 @@ def run_truncated(
             left.append((hidden[stage.num_rows :], residual[stage.num_rows :]))
             hidden, residual = hidden[: stage.num_rows], residual[: stage.num_rows]
             positions = positions[: stage.num_rows]
+        if enter_stage is not None:
+            enter_stage(stage)
         for layer in islice(decoder.layers, stage.first_layer, stage.end_layer):
-            hidden, residual = layer(positions, hidden, residual, **layer_kwargs)
+            if stage.kept_rows is None:
+                hidden, residual = layer(positions, hidden, residual, **layer_kwargs)
+                continue
+            with keeping_rows(layer, residual_norm, stage.kept_rows):
+                hidden, residual = layer(positions, hidden, residual, **layer_kwargs)
     if left:
         left.append((hidden, residual))
         hidden = torch.cat([part for part, _ in reversed(left)])
@@ -50,3 +62,26 @@ def run_truncated(
 
     hidden, _ = decoder.norm(hidden, residual)
     return hidden if plan.row_place is None else hidden[plan.row_place]
+
+
+@contextmanager
+def keeping_rows(layer: nn.Module, residual_norm: str, rows: torch.Tensor) -> Iterator[None]:
+    """While open, `layer` takes all rows and gives back `rows` of them.
+
+    Every row's key and value reach the KV cache; queries, and with them all that follows in
+    the layer, are those of `rows`. The layer's own forward runs; its input is narrowed at the
+    two places where whole rows would meet.
+    """
+    hooks = (
+        layer.self_attn.attn.register_forward_pre_hook(
+            lambda _, args: (args[0][rows], *args[1:]),
+        ),
+        getattr(layer, residual_norm).register_forward_pre_hook(
+            lambda _, args: (args[0], args[1][rows]),
+        ),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,9 +1,12 @@
 """Truncation plans: every row runs exactly its own layers, and nothing else moves."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
 from raee_serve.engine.plan import plan_truncation
@@ -11,28 +14,68 @@ from raee_serve.engine.plan import plan_truncation
 pytestmark = pytest.mark.unit
 
 NUM_LAYERS = 6
-REQUESTS = st.lists(
-    st.tuples(st.integers(1, NUM_LAYERS), st.integers(1, 5)), min_size=1, max_size=12
-)
 
 
-class CountingDecoder:
-    """Each layer adds its own power of two to the residual of the rows it is given."""
+@st.composite
+def batches(draw):
+    """Exit layer, rows, and rows wanted after the last layer of each of up to 12 requests."""
+    requests = []
+    for _ in range(draw(st.integers(1, 12))):
+        query_len = draw(st.integers(1, 5))
+        wanted = draw(st.integers(1, query_len))
+        requests.append((draw(st.integers(1, NUM_LAYERS)), query_len, wanted))
+    return requests
+
+
+def planned(requests):
+    exits, lens, wanted = zip(*requests, strict=True)
+    return plan_truncation(exits, lens, NUM_LAYERS, wanted)
+
+
+class CountingLayer(nn.Module):
+    """Adds its own power of two to the residual of each row, half in attention, half in the MLP.
+
+    Like vLLM's layers it hands all keys to the cache and adds attention's output to the residual
+    in a norm; unlike them it records which rows came where.
+    """
+
+    def __init__(self, index):
+        super().__init__()
+        self.half = 2.0**index / 2
+        self.self_attn = nn.Module()
+        self.self_attn.attn = RecordingAttention()
+        self.rejoin = Rejoin()
+
+    def forward(self, positions, hidden, residual):
+        residual = hidden if residual is None else residual + hidden
+        assert positions.shape[0] == hidden.shape[0] == residual.shape[0]
+        assert torch.equal(positions, residual[:, 1])
+        attended = self.self_attn.attn(residual, residual[:, 1])
+        hidden, residual = self.rejoin(self.added(attended), residual)
+        return self.added(hidden), residual
+
+    def added(self, state):
+        return torch.tensor([self.half, 0.0]).expand_as(state).double()
+
+
+class RecordingAttention(nn.Module):
+    def forward(self, query, key):
+        self.queries, self.keys = query[:, 1], key
+        return query
+
+
+class Rejoin(nn.Module):
+    def forward(self, hidden, residual):
+        assert hidden.shape == residual.shape
+        return hidden, residual + hidden
+
+
+class CountingDecoder(nn.Module):
+    """Its final state holds, for every row, which layers ran on it, and the row's own number."""
 
     def __init__(self):
-        self.layers = [self._layer(i) for i in range(NUM_LAYERS)]
-
-    @staticmethod
-    def _layer(index):
-        def layer(positions, hidden, residual):
-            residual = hidden if residual is None else residual + hidden
-            assert positions.shape[0] == hidden.shape[0] == residual.shape[0]
-            assert torch.equal(positions, residual[:, 1])
-            added = torch.zeros_like(hidden)
-            added[:, 0] = 2.0**index
-            return added, residual
-
-        return layer
+        super().__init__()
+        self.layers = nn.ModuleList(CountingLayer(i) for i in range(NUM_LAYERS))
 
     @staticmethod
     def embed_input_ids(input_ids):
@@ -42,59 +85,98 @@ class CountingDecoder:
     def norm(hidden, residual):
         return hidden + residual, None
 
+    def run(self, plan, rows):
+        return run_truncated(self, plan, rows, rows, residual_norm="rejoin")
 
-@given(REQUESTS)
-def test_each_row_runs_exactly_the_layers_of_its_request(requests):
-    exits, lens = zip(*requests, strict=True)
-    plan = plan_truncation(exits, lens, NUM_LAYERS)
+
+def rows_of(requests):
+    """The numbers of each request's rows, in batch order; unlike any count of layers."""
+    rows = torch.arange(sum(n for _, n, _ in requests)) + 100
+    return rows.split([n for _, n, _ in requests])
+
+
+@given(batches())
+def test_wanted_rows_run_exactly_the_layers_of_their_request(requests):
+    plan = planned(requests)
     if plan is None:
-        assert set(exits) == {NUM_LAYERS}
+        assert {d for d, _, _ in requests} == {NUM_LAYERS}
         return
-    rows = torch.arange(sum(lens)) + 100
-    out = run_truncated(CountingDecoder(), plan, rows, rows)
-    expected = torch.tensor([2.0**d - 1 for d in exits]).repeat_interleave(torch.tensor(lens))
-    assert torch.equal(out[:, 0], expected.double())
-    assert torch.equal(out[:, 1], rows.double())
+    rows = rows_of(requests)
+    out = CountingDecoder().run(plan, torch.cat(rows)).split([len(r) for r in rows])
+    for (depth, _, wanted), own, state in zip(requests, rows, out, strict=True):
+        assert torch.equal(state[-wanted:, 1], own[-wanted:].double())
+        assert (state[:, 0] == 2.0**depth - 1).all()
+        assert set(state[:, 1].tolist()) <= set(own.tolist())
 
 
-@given(REQUESTS)
+@given(batches())
+def test_every_row_writes_its_key_in_each_layer_it_runs(requests):
+    plan = planned(requests)
+    if plan is None:
+        return
+    decoder = CountingDecoder()
+    rows = rows_of(requests)
+    decoder.run(plan, torch.cat(rows))
+    for index in range(max(d for d, _, _ in requests)):
+        attention = decoder.layers[index].self_attn.attn
+        alive = [(d, r, w) for (d, _, w), r in zip(requests, rows, strict=True) if d > index]
+        queries = torch.cat([r[-w:] if d == index + 1 else r for d, r, w in alive])
+        assert sorted(attention.keys.tolist()) == torch.cat([r for _, r, _ in alive]).tolist()
+        assert sorted(attention.queries.tolist()) == queries.tolist()
+
+
+@given(batches())
 def test_stages_cover_the_layers_and_shrink(requests):
-    exits, lens = zip(*requests, strict=True)
-    plan = plan_truncation(exits, lens, NUM_LAYERS)
+    plan = planned(requests)
     if plan is None:
         return
     assert plan.stages[0].first_layer == 0
-    assert plan.stages[-1].end_layer == max(exits)
-    assert plan.num_rows == sum(lens)
-    for earlier, later in zip(plan.stages, plan.stages[1:], strict=False):
+    assert plan.stages[-1].end_layer == max(d for d, _, _ in requests)
+    assert plan.num_rows == sum(n for _, n, _ in requests)
+    for earlier, later in pairwise(plan.stages):
         assert earlier.end_layer == later.first_layer
-        assert earlier.num_rows > later.num_rows
-        assert earlier.num_requests > later.num_requests
+        assert earlier.num_rows >= later.num_rows
     for stage in plan.stages:
-        alive = [n for d, n in requests if d >= stage.end_layer]
+        alive = [(d, n, w) for d, n, w in requests if d >= stage.end_layer]
+        drops = stage.kept_rows is not None
+        kept = [w if drops and d == stage.end_layer else n for d, n, w in alive]
         assert stage.num_requests == len(alive)
-        assert stage.num_rows == sum(alive)
-        assert stage.max_query_len == max(alive)
+        assert stage.num_rows == sum(n for _, n, _ in alive)
+        assert stage.num_kept == sum(kept)
+        assert stage.max_query_len == max(kept)
+        assert sorted(stage.query_start_loc.diff().tolist()) == sorted(kept)
 
 
-@given(REQUESTS)
-def test_orders_are_inverse_and_keep_a_requests_rows_together(requests):
-    exits, lens = zip(*requests, strict=True)
-    plan = plan_truncation(exits, lens, NUM_LAYERS)
+@given(batches())
+def test_rows_of_a_request_stay_together_in_plan_order(requests):
+    plan = planned(requests)
     if plan is None or plan.row_order is None:
         return
-    assert torch.equal(plan.row_order[plan.row_place], torch.arange(sum(lens)))
-    starts = torch.cumsum(torch.tensor((0, *lens)), 0)
-    for place, request in enumerate(plan.request_order.tolist()):
-        begin, end = plan.query_start_loc[place : place + 2].tolist()
-        expected = torch.arange(starts[request], starts[request + 1])
-        assert torch.equal(plan.row_order[begin:end], expected)
+    rows = rows_of(requests)
+    expected = torch.cat([rows[i] for i in plan.request_order.tolist()])
+    assert torch.equal(torch.cat(rows)[plan.row_order], expected)
+
+
+def test_a_layer_is_itself_again_after_dropping_rows():
+    decoder = CountingDecoder()
+    rows = torch.arange(4) + 100
+    decoder.run(plan_truncation([2, 3], [3, 1], NUM_LAYERS, [1, 1]), rows)
+    whole = decoder.run(plan_truncation([3], [4], NUM_LAYERS), rows)
+    assert torch.equal(whole[:, 1], rows.double())
 
 
 def test_uniform_depth_moves_no_row():
     plan = plan_truncation([3, 3, 3], [1, 4, 2], NUM_LAYERS)
-    assert plan.is_uniform
-    assert plan.row_order is None
+    assert plan.is_plain
+    assert plan.row_order is None and plan.row_place is None
+
+
+def test_a_long_prompt_keeps_one_row_of_its_last_layer():
+    plan = plan_truncation([3], [500], NUM_LAYERS, [1])
+    assert [(s.first_layer, s.end_layer, s.num_kept) for s in plan.stages] == [
+        (0, 2, 500),
+        (2, 3, 1),
+    ]
 
 
 def test_batch_already_deepest_first_moves_no_row():
@@ -116,3 +198,9 @@ def test_exit_layer_out_of_range_is_named(exits):
 def test_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="one for each"):
         plan_truncation([1, 2], [1], NUM_LAYERS)
+
+
+@pytest.mark.parametrize("wanted", [[0, 1], [1, 3]])
+def test_wanted_length_out_of_range_is_named(wanted):
+    with pytest.raises(ValueError, match=r"wanted lengths .* allowed: 1\.\.\[1, 2\]"):
+        plan_truncation([1, 2], [1, 2], NUM_LAYERS, wanted)

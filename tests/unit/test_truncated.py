@@ -65,6 +65,9 @@ class Source:
     def enter_forward(self):
         return plan_truncation(self.exit_layers, [1] * len(self.exit_layers), NUM_LAYERS)
 
+    def enter_stage(self, stage):
+        pass
+
 
 @pytest.mark.parametrize("around", [lambda text: text, Multimodal], ids=["text", "multimodal"])
 def test_rows_run_their_own_depth_once_attached(around):

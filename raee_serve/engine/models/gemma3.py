@@ -7,3 +7,5 @@ from raee_serve.engine.models.truncated import TruncatedExecution
 
 class TruncatedGemma3ForCausalLM(TruncatedExecution, Gemma3ForCausalLM):
     """vLLM's `Gemma3ForCausalLM` with per-request depth."""
+
+    residual_norm = "pre_feedforward_layernorm"

@@ -1,12 +1,12 @@
 """Mix-in that lets a vLLM causal language model run truncation plans."""
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
-from raee_serve.engine.plan import TruncationPlan
+from raee_serve.engine.plan import Stage, TruncationPlan
 
 
 class StepSource(Protocol):
@@ -20,14 +20,22 @@ class StepSource(Protocol):
         """
         ...
 
+    def enter_stage(self, stage: Stage) -> None:
+        """Called before the layers of each stage of that plan run."""
+        ...
+
 
 class TruncatedExecution:
     """Goes before the vLLM model class; `self.model` is its decoder stack.
+
+    residual_norm: name of the norm in which the architecture's decoder layer adds attention
+        output to the residual.
 
     Until a step source is attached the model is vLLM's own in every respect.
     """
 
     model: nn.Module
+    residual_norm: ClassVar[str] = "post_attention_layernorm"
 
     def attach(self, source: StepSource) -> None:
         """From now on the decoder stack asks `source` for the plan of each forward.
@@ -50,6 +58,15 @@ class TruncatedExecution:
                 return vanilla_forward(
                     input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
                 )
-            return run_truncated(decoder, plan, input_ids, positions, inputs_embeds, **kwargs)
+            return run_truncated(
+                decoder,
+                plan,
+                input_ids,
+                positions,
+                inputs_embeds,
+                residual_norm=self.residual_norm,
+                enter_stage=source.enter_stage,
+                **kwargs,
+            )
 
         decoder.forward = forward
