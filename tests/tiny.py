@@ -5,10 +5,16 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
 )
 
@@ -68,6 +74,34 @@ def tiny_gemma3(num_layers: int = 4, *, seed: int = 0, **config: float) -> Gemma
     ).eval()
 
 
+def tiny_gemma(num_layers: int = 4, *, seed: int = 0, **config: float) -> GemmaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {**SIZES, **config}
+    return GemmaForCausalLM(GemmaConfig(**sizes, num_hidden_layers=num_layers)).eval()
+
+
+def tiny_gemma2(num_layers: int = 4, *, seed: int = 0, **config: float) -> Gemma2ForCausalLM:
+    """A window shorter than the tests' prompts, and caps low enough to bite."""
+    torch.manual_seed(seed)
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}
+    sizes = {**SIZES, "sliding_window": 4, **caps, **config}
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, num_hidden_layers=num_layers)).eval()
+
+
+def tiny_mistral(num_layers: int = 4, *, seed: int = 0, **config: float) -> MistralForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {**SIZES, "sliding_window": None, **config}
+    return MistralForCausalLM(MistralConfig(**sizes, num_hidden_layers=num_layers)).eval()
+
+
+def with_random_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with norm weights that are not all alike, which would hide a norm left out."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return model
+
+
 def saved(model: PreTrainedModel, directory: Path, **kwargs: object) -> Path:
     """The checkpoint directory of `model`; keyword arguments go to `save_pretrained`."""
     model.save_pretrained(directory, **kwargs)
@@ -76,7 +110,7 @@ def saved(model: PreTrainedModel, directory: Path, **kwargs: object) -> Path:
 
 def tokenized_llama(directory: Path, tokenizer: Path, seed: int = 0) -> Path:
     """A checkpoint that takes text, by the tokenizer of another one."""
-    return _tokenized(tiny_llama(seed=seed, **WITH_TOKENIZER), directory, tokenizer)
+    return tokenized(tiny_llama(seed=seed, **WITH_TOKENIZER), directory, tokenizer)
 
 
 def tokenized_gemma3(directory: Path, tokenizer: Path, seed: int = 0) -> Path:
@@ -84,14 +118,12 @@ def tokenized_gemma3(directory: Path, tokenizer: Path, seed: int = 0) -> Path:
     model = tiny_gemma3(
         seed=seed, sliding_window=5, final_logit_softcapping=4.0, pad_token_id=0, **WITH_TOKENIZER
     )
-    return _tokenized(model, directory, tokenizer)
+    return tokenized(model, directory, tokenizer)
 
 
-def _tokenized(model: PreTrainedModel, directory: Path, tokenizer: Path) -> Path:
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # all ones (or zeros) would hide a norm that is skipped
-            torch.nn.init.normal_(parameter, 1.0, 0.3)
-    saved(model, directory)
+def tokenized(model: PreTrainedModel, directory: Path, tokenizer: Path) -> Path:
+    """`model` saved with the tokenizer of another checkpoint."""
+    saved(with_random_norms(model), directory)
     for file in TOKENIZER_FILES:
         shutil.copy(tokenizer / file, directory / file)
     return directory

@@ -11,6 +11,9 @@ from raee_serve_patches import check_seams
 
 SUPPORTED_VLLM = "0.32."
 
+DRAFTERS = ("ngram",)
+"""Speculative methods that draft from tokens alone, so that depth does not matter to them."""
+
 
 class UnsupportedError(RuntimeError):
     """The engine's configuration holds something truncated execution does not support."""
@@ -35,6 +38,7 @@ def check_engine(config: Any) -> None:
 def _checks(config: Any) -> list[tuple[bool, str]]:
     """(refused, why) for each feature that is not supported yet."""
     parallel, scheduler = config.parallel_config, config.scheduler_config
+    speculative = config.speculative_config
     return [
         (
             parallel.worker_cls != WORKER_CLS or scheduler.scheduler_cls != SCHEDULER_CLS,
@@ -53,15 +57,20 @@ def _checks(config: Any) -> list[tuple[bool, str]]:
             config.compilation_config.mode not in (None, CompilationMode.NONE),
             "torch.compile; pass --enforce-eager",
         ),
-        (bool(scheduler.async_scheduling), "async scheduling; pass --no-async-scheduling"),
         (
             parallel.pipeline_parallel_size > 1,
             f"pipeline parallel size {parallel.pipeline_parallel_size}; allowed: 1",
         ),
         (parallel.enable_dbo, "dual batch overlap (--enable-dbo)"),
-        (config.lora_config is not None, "LoRA (--enable-lora)"),
-        (config.speculative_config is not None, "speculative decoding (--speculative-config)"),
-        (config.kv_transfer_config is not None, "KV connectors (--kv-transfer-config)"),
+        (
+            speculative is not None and speculative.method not in DRAFTERS,
+            f"speculative decoding by {speculative and speculative.method!r}, which drafts from "
+            f"the hidden states of the last layer; allowed: {', '.join(DRAFTERS)}",
+        ),
+        (
+            config.kv_transfer_config is not None,
+            "KV connectors (--kv-transfer-config), which expect keys and values of every layer",
+        ),
         (
             config.cache_config.kv_sharing_fast_prefill,
             "--kv-sharing-fast-prefill",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
@@ -47,6 +48,20 @@ class TruncatingScheduler(Scheduler):
         }
         inherited = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
         return TruncatedSchedulerOutput(**inherited, exit_layers=exit_layers)
+
+
+class TruncatingAsyncScheduler(TruncatingScheduler, AsyncScheduler):
+    """The same over vLLM's scheduler that plans a step while the one before it runs."""
+
+
+def truncating_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> TruncatingScheduler:
+    """The scheduler for a resolved configuration; vLLM calls it as it would call a class.
+
+    Whether scheduling is asynchronous is known only now, after the platform has had its say.
+    """
+    is_async = vllm_config.scheduler_config.async_scheduling
+    scheduler_cls = TruncatingAsyncScheduler if is_async else TruncatingScheduler
+    return scheduler_cls(vllm_config, *args, **kwargs)
 
 
 def exit_layer_of(request: Request, num_layers: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 EXIT_LAYER_KEY = "raee_exit_layer"
 """Key of `SamplingParams.extra_args` under which a request's exit layer travels (an int)."""
 
-SCHEDULER_CLS = "raee_serve.engine.scheduler.TruncatingScheduler"
+SCHEDULER_CLS = "raee_serve.engine.scheduler.truncating_scheduler"
 WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
 
 

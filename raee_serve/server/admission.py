@@ -5,7 +5,7 @@ No I/O and no HTTP. What cannot be known here (the neighbours) is left as a `Loo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Admission:
     labels: outputs of those tasks that are label-word tasks.
     fixed_layer: depth of every request that asks for none; None where look-ups decide.
     k, rule: defaults for look-ups; None leaves them to the retriever.
+    served_names: what the backbone is called; any other model name is a LoRA adapter's.
     """
 
     num_layers: int
@@ -47,6 +48,7 @@ class Admission:
     fixed_layer: int | None = None
     k: int | None = None
     rule: str | None = None
+    served_names: Collection[str] = ()
 
     @property
     def default_layer(self) -> int:
@@ -85,11 +87,17 @@ class Admission:
         if fixed is not None:
             decision = ExitDecision(fixed, self.num_layers, Reason.OVERRIDE, options.task)
             return Plan((decision,) * len(prompts), body)
+        if self._is_adapter(body.get("model")):
+            return Plan((self._full(Reason.ADAPTER, options.task),) * len(prompts), body)
         if body.get("use_beam_search"):  # vLLM's beam search heeds no limit on the output
             return Plan((self._full(Reason.UNCONSTRAINED, options.task),) * len(prompts), body)
         plain = is_rendered_plainly(kind, body)
         entries = tuple(self._entry(options, limit, prompt, plain) for prompt in prompts)
         return Plan(entries, body, self._first_tokens(limit))
+
+    def _is_adapter(self, model: Any) -> bool:
+        """Whether a body's model is not the backbone; vLLM takes an empty name for it."""
+        return bool(self.served_names) and bool(model) and model not in self.served_names
 
     def _entry(
         self, options: RaeeOptions, limit: OutputLimit, prompt: TextPrompt, plain: bool

@@ -84,4 +84,5 @@ def _gate(serve_args: argparse.Namespace, settings: DepthSettings) -> Gate:
     )
     serve_args.model = serve_args.model_tag = str(checkpoint)
     serve_args.served_model_name = serve_args.served_model_name or [name]
-    return load_gate(settings, backbone, Path(serve_args.tokenizer or checkpoint))
+    tokenizer = Path(serve_args.tokenizer or checkpoint)
+    return load_gate(settings, backbone, tokenizer, serve_args.served_model_name)

@@ -18,13 +18,23 @@ from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.settings import DepthSettings
 
 
-def load_gate(settings: DepthSettings, backbone: BackboneIdentity, checkpoint: Path) -> Gate:
-    """The gate of a server for `backbone`. Raises RaeeError for what does not fit it."""
+def load_gate(
+    settings: DepthSettings,
+    backbone: BackboneIdentity,
+    checkpoint: Path,
+    served_names: Sequence[str],
+) -> Gate:
+    """The gate of a server that serves `backbone` as `served_names`.
+
+    Raises RaeeError for what does not fit it.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     admission, lookups = (
-        _retrieved(settings, backbone, tokenizer) if settings.table else _fixed(settings, backbone)
+        _retrieved(settings, backbone, tokenizer, served_names)
+        if settings.table
+        else _fixed(settings, backbone)
     )
     return Gate(
         admission=admission,
@@ -52,7 +62,10 @@ def _fixed(settings: DepthSettings, backbone: BackboneIdentity) -> tuple[Admissi
 
 
 def _retrieved(
-    settings: DepthSettings, backbone: BackboneIdentity, tokenizer: Any
+    settings: DepthSettings,
+    backbone: BackboneIdentity,
+    tokenizer: Any,
+    served_names: Sequence[str],
 ) -> tuple[Admission, LookupBatcher]:
     assert settings.table is not None
     retriever = ExitRetriever.open(
@@ -67,7 +80,12 @@ def _retrieved(
         if task.kind == "labels"
     }
     admission = Admission(
-        retriever.num_layers, retriever.tasks, labels, k=settings.k, rule=settings.rule
+        retriever.num_layers,
+        retriever.tasks,
+        labels,
+        k=settings.k,
+        rule=settings.rule,
+        served_names=frozenset(served_names),
     )
     lookups = LookupBatcher(
         retriever.decide,

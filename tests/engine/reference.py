@@ -18,7 +18,10 @@ TIE = 1e-4
 @lru_cache(maxsize=1)
 def loaded(checkpoint: Path) -> tuple[PreTrainedModel, torch.nn.ModuleList]:
     """The model and all of its layers; the last checkpoint asked for stays in memory."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    # Eager attention: the others leave Gemma 2's cap on attention scores out.
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     return model, model.model.layers
 
 
@@ -46,4 +49,24 @@ def greedy_mismatches(
         chosen = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
         behind = logits.max(dim=1).values - chosen
         wrong += [(index, i, d) for i, d in enumerate(behind.tolist()) if d > TIE]
+    return wrong
+
+
+def mixed_mismatches(
+    checkpoint: Path,
+    depths: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+) -> list[tuple[int, int, int, float]]:
+    """`greedy_mismatches` of requests of several depths.
+
+    Returns (depth, request index, token index, logit distance to the best) of each wrong token.
+    """
+    wrong = []
+    for depth in sorted(set(depths)):
+        at_depth = [i for i, d in enumerate(depths) if d == depth]
+        found = greedy_mismatches(
+            checkpoint, depth, [prompts[i] for i in at_depth], [completions[i] for i in at_depth]
+        )
+        wrong += [(depth, at_depth[i], place, behind) for i, place, behind in found]
     return wrong

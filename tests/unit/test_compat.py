@@ -12,6 +12,10 @@ from raee_serve.engine.settings import engine_options
 pytestmark = pytest.mark.unit
 
 
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
+
+
 @pytest.fixture(autouse=True)
 def model_runner_v1(monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
@@ -23,23 +27,39 @@ def config(smollm2, **changes):
     ).create_engine_config()
 
 
-def test_supported_configuration_passes(smollm2):
-    check_engine(config(smollm2))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"enable_lora": True},
+        {"tensor_parallel_size": 2},
+        {"speculative_config": NGRAM},
+        {"enable_prefix_caching": False},
+        {"enable_chunked_prefill": False},
+    ],
+    ids=str,
+)
+def test_supported_configuration_passes(smollm2, changes):
+    check_engine(config(smollm2, **changes))
+
+
+def test_speculation_from_hidden_states_is_named(smollm2):
+    changed = config(smollm2, speculative_config=NGRAM)
+    changed.speculative_config.method = "eagle"
+    with pytest.raises(UnsupportedError, match=r"by 'eagle'.* allowed: ngram"):
+        check_engine(changed)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"enable_lora": True}, "LoRA"),
         ({"pipeline_parallel_size": 2}, "pipeline parallel size 2"),
         ({"enforce_eager": False}, "torch.compile"),
-        ({"scheduler_cls": None}, "TruncatingScheduler"),
+        ({"scheduler_cls": None}, "truncating_scheduler"),
         ({"worker_cls": "auto"}, "TruncatingCPUWorker"),
         ({"kv_sharing_fast_prefill": True}, "kv-sharing-fast-prefill"),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
-        ),
+        ({"kv_transfer_config": CONNECTOR}, "KV connectors"),
+        ({"runner": "pooling"}, "runner type 'pooling'"),
     ],
 )
 def test_unsupported_configuration_is_named(smollm2, changes, named):

@@ -1,0 +1,145 @@
+"""Engines under test and vanilla ones beside them, and what both answer, in comparable form."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.sampling_params import StructuredOutputsParams
+
+from raee_serve.engine.settings import engine_options, exit_args
+from tests.engine.workload import CHUNK
+
+ENGINE_ARGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_batched_tokens": CHUNK,
+    "max_num_seqs": 64,
+    "kv_cache_memory_bytes": 1 << 30,
+    "enable_prefix_caching": True,
+}
+"""float32, for invariant 2 compares there; prompts longer than `CHUNK` take several chunks."""
+
+IN_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""Engine core and worker in the calling process: up in 3 seconds, not 40. The threads of a process
+that goes on to other things are not to be bound to cores."""
+
+
+@contextmanager
+def running_engine(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
+    """An engine with truncated execution; `changes` go over `ENGINE_ARGS`."""
+    llm = LLM(model=str(checkpoint), **{**ENGINE_ARGS, **engine_options(), **changes})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def tiny_args(checkpoint: Path) -> dict[str, Any]:
+    """Engine arguments for a checkpoint of `tests.tiny`; they need `IN_PROCESS`."""
+    return {
+        "kv_cache_memory_bytes": 1 << 27,
+        "distributed_executor_backend": "uni",
+        "skip_tokenizer_init": not (checkpoint / "tokenizer.json").exists(),
+    }
+
+
+@contextmanager
+def tiny_engine(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
+    """As `running_engine`, for checkpoints of `tests.tiny`."""
+    with patch.dict(os.environ, IN_PROCESS):
+        try:
+            with running_engine(checkpoint, **{**tiny_args(checkpoint), **changes}) as llm:
+                yield llm
+        finally:
+            cleanup_dist_env_and_memory()
+
+
+def generate_at(
+    llm: LLM, prompts: Sequence[list[int]], exit_layers: Sequence[int], **sampling: Any
+) -> list[list[int]]:
+    """Greedy tokens of each prompt at its exit layer, all in one continuous batch."""
+    greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(**greedy | sampling, extra_args=exit_args(d)) for d in exit_layers]
+    inputs = [{"prompt_token_ids": p} for p in prompts]
+    return [list(o.outputs[0].token_ids) for o in llm.generate(inputs, params, use_tqdm=False)]
+
+
+def sampling_params(fields: dict[str, Any], exit_layer: int | None = None) -> SamplingParams:
+    """`fields` as JSON holds them."""
+    fields = dict(fields)
+    if "structured_outputs" in fields:
+        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    extra_args = None if exit_layer is None else exit_args(exit_layer)
+    return SamplingParams(**fields, extra_args=extra_args)
+
+
+def outcome(output: RequestOutput) -> dict[str, Any]:
+    """All that a request got, as JSON holds it; log-probabilities by token id."""
+    return {
+        "prompt_logprobs": _logprobs(output.prompt_logprobs),
+        "completions": [
+            {
+                "token_ids": list(c.token_ids),
+                "text": c.text,
+                "finish_reason": c.finish_reason,
+                "stop_reason": c.stop_reason,
+                "logprobs": _logprobs(c.logprobs),
+            }
+            for c in output.outputs
+        ],
+    }
+
+
+def run_vanilla(
+    checkpoint: Path, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]], **changes: Any
+) -> list[dict[str, Any]]:
+    """Outcomes from vanilla vLLM, in a process of its own that does not load our plug-in."""
+    job = {
+        "engine": {"model": str(checkpoint), "enforce_eager": True, **ENGINE_ARGS, **changes},
+        "prompts": list(prompts),
+        "fields": list(fields),
+    }
+    environment = IN_PROCESS if changes.get("distributed_executor_backend") == "uni" else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.engines"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VLLM_PLUGINS": "", **environment},
+        check=False,
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert results, f"vanilla vLLM gave no result:\n{done.stderr[-4000:]}"
+    return json.loads(results[0].removeprefix("RESULT"))
+
+
+def _logprobs(positions: Any) -> list[dict[str, float]] | None:
+    if positions is None:
+        return None
+    return [{str(t): p.logprob for t, p in (at or {}).items()} for at in positions]
+
+
+def _vanilla_child() -> None:
+    job = json.load(sys.stdin)
+    llm = LLM(**job["engine"])
+    inputs = [{"prompt_token_ids": p} for p in job["prompts"]]
+    params = [sampling_params(fields) for fields in job["fields"]]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    print("RESULT" + json.dumps([outcome(o) for o in outputs]))
+
+
+if __name__ == "__main__":
+    _vanilla_child()

@@ -1,0 +1,120 @@
+"""What a request may ask of sampling and output works at its exit layer as at a cut checkpoint's.
+
+The reference is vanilla vLLM on the cut checkpoint, asked for the same things.
+"""
+
+import random
+
+import pytest
+
+from raee_serve.cut import cut_checkpoint
+from tests.engine.engines import outcome, run_vanilla, sampling_params, tiny_args, tiny_engine
+from tests.tiny import ENGINE_SIZES, WITH_TOKENIZER, tiny_llama, tokenized
+
+pytestmark = pytest.mark.engine
+
+NUM_LAYERS = 6
+DEPTHS = (2, 5, NUM_LAYERS)
+BUDGET = 1024
+"""Tokens a step: less than the unseeded requests' prompts together, more than the seeded ones'."""
+SAMPLED = {"temperature": 0.9, "seed": 11}
+CASES = {
+    "greedy": {},
+    "logprobs": {"logprobs": 4},
+    "prompt_logprobs": {"prompt_logprobs": 3},
+    "choice": {"structured_outputs": {"choice": ["red", "green", "blue"]}},
+    "json": {
+        "structured_outputs": {
+            "json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        }
+    },
+    "regex": {"structured_outputs": {"regex": "[0-9]{3}-[a-f]{2}"}},
+    "logit_bias": {"logit_bias": {"700": 90.0, "701": 89.0}},
+    "allowed_token_ids": {"allowed_token_ids": [500, 600, 700, 800], "logprobs": 4},
+    "bad_words": {"bad_words": ["the", "a"]},
+    "stop_strings": {"stop": ["e", "o"], "include_stop_str_in_output": True},
+    "stop_token_ids": {"stop_token_ids": list(range(100, 40000)), "min_tokens": 4},
+    "seed": SAMPLED,
+    "top_k_and_p": {**SAMPLED, "top_k": 40, "top_p": 0.8, "min_p": 0.01},
+    "penalties": {
+        "presence_penalty": 1.0,
+        "frequency_penalty": 0.7,
+        "repetition_penalty": 1.4,
+    },
+    "n": {**SAMPLED, "n": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, smollm2):
+    model = tiny_llama(NUM_LAYERS, **{**ENGINE_SIZES, **WITH_TOKENIZER})
+    return tokenized(model, tmp_path_factory.mktemp("tiny") / "llama", smollm2)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """One per case, some of them long."""
+    rng = random.Random(5)
+    lengths = [300 if i % 4 == 1 else 20 + i for i in range(len(CASES))]
+    return [[rng.randrange(10, WITH_TOKENIZER["vocab_size"]) for _ in range(n)] for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def fields():
+    """Sampling parameters per case."""
+    return [{"temperature": 0.0, "max_tokens": 14, **case} for case in CASES.values()]
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint, prompts, fields):
+    """Outcomes by depth and case: two batches, each with all of its cases at every depth.
+
+    Prompts come in chunks in the first. Seeded requests are kept apart, for in a chunk that ends
+    before their prompt does vLLM's CPU runner, vanilla too, fails on their generators.
+    """
+    cases = list(CASES)
+    seeded = [i for i, name in enumerate(cases) if "seed" in CASES[name]]
+    others = [i for i in range(len(cases)) if i not in seeded]
+    found = {d: {} for d in DEPTHS}
+    with tiny_engine(checkpoint, max_num_batched_tokens=BUDGET) as llm:
+        for batch in (others, seeded):
+            asked = [(i, d) for i in batch for d in DEPTHS]
+            params = [sampling_params(fields[i], exit_layer=d) for i, d in asked]
+            inputs = [{"prompt_token_ids": prompts[i]} for i, _ in asked]
+            outputs = llm.generate(inputs, params, use_tqdm=False)
+            for (i, depth), output in zip(asked, outputs, strict=True):
+                found[depth][cases[i]] = outcome(output)
+    return found
+
+
+@pytest.fixture(scope="module", params=DEPTHS)
+def at_depth(request, checkpoint, prompts, fields, ours, tmp_path_factory):
+    """(ours, vanilla on the cut checkpoint): outcomes by case, at one depth."""
+    cut = cut_checkpoint(checkpoint, request.param, tmp_path_factory.mktemp("cut") / "model")
+    args = {**tiny_args(cut), "max_num_batched_tokens": sum(map(len, prompts)) * 2}
+    vanilla = run_vanilla(cut, prompts, fields, **args)
+    return ours[request.param], dict(zip(CASES, vanilla, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_feature_equals_the_cut_checkpoint(case, at_depth):
+    ours, vanilla = (outcomes[case] for outcomes in at_depth)
+    assert without_logprobs(ours) == without_logprobs(vanilla)
+    for own, reference in zip(logprobs(ours), logprobs(vanilla), strict=True):
+        assert own == pytest.approx(reference, abs=1e-3)
+
+
+def test_depths_answer_differently(ours):
+    """Else the comparison above would say nothing about depth."""
+    greedy = [ours[d]["greedy"]["completions"][0]["token_ids"] for d in DEPTHS]
+    assert len({tuple(tokens) for tokens in greedy}) == len(DEPTHS)
+
+
+def without_logprobs(outcome):
+    return [{k: v for k, v in c.items() if k != "logprobs"} for c in outcome["completions"]]
+
+
+def logprobs(outcome):
+    """The log-probabilities of each position, prompt and completion."""
+    lists = [outcome["prompt_logprobs"], *(c["logprobs"] for c in outcome["completions"])]
+    return [position for positions in lists for position in positions or []]

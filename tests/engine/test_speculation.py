@@ -1,0 +1,38 @@
+"""Draft tokens from n-grams are checked at the request's own depth."""
+
+import random
+
+import pytest
+
+from tests.engine.engines import generate_at, running_engine
+from tests.engine.reference import mixed_mismatches
+from tests.tiny import ENGINE_SIZES, saved, tiny_llama
+
+pytestmark = pytest.mark.engine
+
+NUM_LAYERS, NUM_REQUESTS, NUM_TOKENS = 6, 24, 40
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+
+
+def test_accepted_and_rejected_drafts_leave_the_cut_checkpoints_tokens(tmp_path):
+    checkpoint = saved(tiny_llama(NUM_LAYERS, **ENGINE_SIZES), tmp_path / "llama")
+    rng = random.Random(2)
+    phrases = [[rng.randrange(5, 60) for _ in range(6)] for _ in range(NUM_REQUESTS)]
+    prompts = [phrase * rng.choice([2, 5, 50]) for phrase in phrases]
+    depths = [1 + i % NUM_LAYERS for i in range(NUM_REQUESTS)]
+
+    # In processes of its own: numba, once loaded, keeps vLLM from starting another engine.
+    args = {"speculative_config": NGRAM, "disable_log_stats": False, "skip_tokenizer_init": True}
+    with running_engine(checkpoint, **args) as llm:
+        tokens = generate_at(llm, prompts, depths, max_tokens=NUM_TOKENS)
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+    drafted = counts["vllm:spec_decode_num_draft_tokens"]
+    accepted = counts["vllm:spec_decode_num_accepted_tokens"]
+    assert 0 < accepted < drafted
+    assert mixed_mismatches(checkpoint, depths, prompts, tokens) == []
