@@ -1,10 +1,11 @@
 """Truncated execution against vanilla vLLM and against checkpoints physically cut.
 
-All systems live side by side and take turns in the order A B B A; one that waits is stopped
-(SIGSTOP). Every figure is a ratio of times measured next to each other in the same run.
+All systems live side by side and work through the same prompts in turns of a fraction of a second,
+A B A B; one that waits is stopped (SIGSTOP). Such a round gives one pair of times for each figure,
+which is the median of the pairs' ratios. The first round warms up and is not counted.
 
 - full_depth_ratio: this at full depth / vanilla (throughput).
-- speedup: this at depth d / vanilla.
+- speedup: this at depth d, or with mixed depths, / vanilla.
 - efficiency: this at depth d / vanilla on the checkpoint cut to d layers.
 - mixed_efficiency: ideal time / measured time of a batch of mixed depths. With depths
   d1 < .. < dm and n_i requests at d_i or deeper, the ideal is T(d1, n1) + sum over i > 1 of
@@ -16,7 +17,6 @@ import json
 import random
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.machine import machine
 from benchmarks.statistics import Ratio, paired_ratio
-from benchmarks.systems import System
+from benchmarks.systems import Job, System, run_side_by_side
 from benchmarks.workloads import WORKLOADS, Workload
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cut import cut_checkpoint
@@ -59,9 +59,11 @@ class Comparison:
             self._cut[depth] = self._start(f"cut to {depth}", path, {})
         return self._cut[depth]
 
-    def run(self, system: System, workload: Workload, exit_layers: list[int] | None) -> float:
-        job = workload.job(self._seed, system.vocab_size, exit_layers)
-        return system.seconds(job)
+    def part(
+        self, system: System, workload: Workload, exit_layers: list[int] | None = None
+    ) -> tuple[System, Job]:
+        """This round's job of `system`."""
+        return system, workload.job(self._seed, system.vocab_size, exit_layers)
 
     def next_round(self) -> None:
         """New prompts from here on, the same for every system of the round."""
@@ -76,62 +78,61 @@ class Comparison:
         return System(name, path, self.dtype, options)
 
 
-def take_turns(
-    runs: dict[str, Callable[[], float]], rounds: int, before_round: Callable[[], None]
+def rounds(
+    comparison: Comparison, jobs: Callable[[], dict[str, list[tuple[System, Job]]]], pairs: int
 ) -> dict[str, list[float]]:
-    """Times of each run by name: `rounds` rounds in the order A B B A, after one warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        before_round()
-        for name in list(runs) if i % 2 else reversed(runs):
-            seconds = runs[name]()
-            if i > 0:
-                times[name].append(seconds)
-    return times
+    """[pairs] seconds by name of job, after one round to warm up."""
+    times: list[dict[str, float]] = []
+    for _ in range(pairs + 1):
+        comparison.next_round()
+        times.append(run_side_by_side(jobs()))
+    return {name: [t[name] for t in times[1:]] for name in times[0]}
 
 
 def uniform(comparison: Comparison, workload: Workload, depth: int, pairs: int) -> dict[str, Ratio]:
     """Speed-up over vanilla and efficiency against the cut checkpoint at one depth."""
     exits = [depth] * workload.num_requests
-    runs = {
-        "ours": partial(comparison.run, comparison.ours, workload, exits),
-        "cut": partial(comparison.run, comparison.cut(depth), workload, None),
-    }
-    if depth < comparison.num_layers:
-        runs["vanilla"] = partial(comparison.run, comparison.vanilla, workload, None)
-    times = take_turns(runs, pairs, comparison.next_round)
+    systems = {"cut": comparison.cut(depth), "vanilla": comparison.vanilla}
+    if depth == comparison.num_layers:
+        del systems["vanilla"]
+
+    def jobs() -> dict[str, list[tuple[System, Job]]]:
+        ours = comparison.part(comparison.ours, workload, exits)
+        others = {name: [comparison.part(system, workload)] for name, system in systems.items()}
+        return {"ours": [ours], **others}
+
+    times = rounds(comparison, jobs, pairs)
     return {
         "speedup": paired_ratio(times.get("vanilla", times["cut"]), times["ours"]),
         "efficiency": paired_ratio(times["cut"], times["ours"]),
     }
 
 
-def mixed(comparison: Comparison, workload: Workload, exits: list[int], pairs: int) -> Ratio:
-    """Ideal time over measured time of one batch of mixed depths."""
+def mixed(
+    comparison: Comparison, workload: Workload, exits: list[int], pairs: int
+) -> dict[str, Ratio]:
+    """Speed-up over vanilla, and efficiency against the ideal, of one batch of mixed depths."""
     depths = sorted(set(exits))
     alive = {d: sum(e >= d for e in exits) for d in depths}
-    runs = {
-        "ours": partial(comparison.run, comparison.ours, workload, exits),
-        "ideal": partial(ideal_seconds, comparison, workload, depths, alive),
-    }
-    times = take_turns(runs, pairs, comparison.next_round)
-    return paired_ratio(times["ideal"], times["ours"])
 
-
-def ideal_seconds(
-    comparison: Comparison, workload: Workload, depths: list[int], alive: dict[int, int]
-) -> float:
-    """The ideal of the module's docstring, from cut checkpoints timed now."""
-
-    def vanilla_seconds(depth: int, num_requests: int) -> float:
+    def vanilla(depth: int, num_requests: int) -> tuple[System, Job]:
         part = Workload(workload.name, num_requests, workload.prompt_len, workload.output_len)
-        return comparison.run(comparison.cut(depth), part, None)
+        return comparison.part(comparison.cut(depth), part)
 
-    seconds = vanilla_seconds(depths[0], alive[depths[0]])
-    for shallower, deeper in pairwise(depths):
-        n = alive[deeper]
-        seconds += vanilla_seconds(deeper, n) - vanilla_seconds(shallower, n)
-    return seconds
+    def jobs() -> dict[str, list[tuple[System, Job]]]:
+        return {
+            "ours": [comparison.part(comparison.ours, workload, exits)],
+            "added": [vanilla(d, alive[d]) for d in depths],
+            "taken away": [vanilla(d, alive[deeper]) for d, deeper in pairwise(depths)],
+            "vanilla": [vanilla(comparison.num_layers, len(exits))],
+        }
+
+    times = rounds(comparison, jobs, pairs)
+    ideal = [a - b for a, b in zip(times["added"], times["taken away"], strict=True)]
+    return {
+        "speedup": paired_ratio(times["vanilla"], times["ours"]),
+        "efficiency": paired_ratio(ideal, times["ours"]),
+    }
 
 
 def mixes(num_layers: int, num_requests: int) -> dict[str, list[int]]:
@@ -155,6 +156,7 @@ def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
         "startup_ratio": round(comparison.ours.startup_s / comparison.vanilla.startup_s, 3),
         "full_depth_ratio": {},
         "uniform": {},
+        "mixed": {},
         "mixed_efficiency": {},
     }
     try:
@@ -179,16 +181,19 @@ def measure_workload(
         for kind, ratio in ratios.items():
             report(workload, f"depth {depth} of {n}: {kind}", ratio)
         depths[depth] = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
-    mixed_depths = {}
+    mixed_depths: dict[str, Any] = {}
     for mix in args.mixes if workload.num_requests > 1 else ():
         exits = mixes(n, workload.num_requests)[mix]
-        ratio = mixed(comparison, workload, exits, args.pairs)
-        report(workload, f"mix {mix}: ideal / measured", ratio)
-        mixed_depths[mix] = ratio.as_dict()
+        ratios = mixed(comparison, workload, exits, args.pairs)
+        for kind, ratio in ratios.items():
+            report(workload, f"mix {mix}: {kind}", ratio)
+        mixed_depths[mix] = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
+        mixed_depths[mix]["mean_depth"] = sum(exits) / len(exits)
     return {
         "full_depth_ratio": full.as_dict(),
         "uniform": depths,
-        "mixed_efficiency": mixed_depths,
+        "mixed": mixed_depths,
+        "mixed_efficiency": {mix: m["efficiency"] for mix, m in mixed_depths.items()},
     }
 
 

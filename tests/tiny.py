@@ -1,9 +1,11 @@
 """Checkpoints of a few thousand random weights, real in everything but size."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -48,6 +50,9 @@ WITH_TOKENIZER = {
     "initializer_range": 0.5,
 }
 """For models that borrow the SmolLM2 tokenizer."""
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_RANK = 8
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -100,6 +105,28 @@ def with_random_norms(model: PreTrainedModel) -> PreTrainedModel:
         if "norm" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.3)
     return model
+
+
+def write_adapter(model: PreTrainedModel, directory: Path, seed: int) -> Path:
+    """A random LoRA adapter of all projections in PEFT's format.
+
+    It is merged into `model`, whose checkpoint directory is returned.
+    """
+    torch.manual_seed(seed)
+    weights = {}
+    for name, module in model.named_modules():
+        if name.endswith(PROJECTIONS):
+            a = torch.randn(ADAPTER_RANK, module.in_features) * 0.1
+            b = torch.randn(module.out_features, ADAPTER_RANK) * 0.1
+            module.weight.data += b @ a
+            weights[f"base_model.model.{name}.lora_A.weight"] = a
+            weights[f"base_model.model.{name}.lora_B.weight"] = b
+    directory.mkdir()
+    save_file(weights, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": ADAPTER_RANK, "lora_alpha": ADAPTER_RANK, "bias": "none"}
+    config["target_modules"] = list(PROJECTIONS)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return saved(model, directory / "merged")
 
 
 def saved(model: PreTrainedModel, directory: Path, **kwargs: object) -> Path:

@@ -64,10 +64,9 @@ def parse_serve_args(rest: Sequence[str]) -> Namespace:
 
 def _refusals(args: Namespace) -> list[tuple[bool, str]]:
     """(refused, why) per front-end feature. The engine's are checked where its config is known."""
-    count, ranks, plugins = args.api_server_count, args.data_parallel_size, envs.VLLM_PLUGINS
+    count, plugins = args.api_server_count, envs.VLLM_PLUGINS
     return [
         (count not in (None, 1), f"--api-server-count {count}; allowed: 1"),
-        (ranks > 1, f"--data-parallel-size {ranks}; allowed: 1"),
         (args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"),
         (args.headless, "--headless: admission needs the HTTP server"),
         (args.grpc, "--grpc: admission reads HTTP requests"),

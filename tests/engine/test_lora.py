@@ -1,43 +1,20 @@
 """Adapters in a mixed-depth batch: each row meets its own adapter in every layer it runs."""
 
-import json
 import random
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from raee_serve.engine.settings import exit_args
 from tests.engine.engines import tiny_engine
 from tests.engine.reference import mixed_mismatches
-from tests.tiny import ENGINE_SIZES, saved, tiny_llama
+from tests.tiny import ADAPTER_RANK, ENGINE_SIZES, saved, tiny_llama, write_adapter
 
 pytestmark = pytest.mark.engine
 
-NUM_LAYERS, NUM_REQUESTS, NUM_TOKENS, RANK = 6, 36, 10, 8
+NUM_LAYERS, NUM_REQUESTS, NUM_TOKENS = 6, 36, 10
 ADAPTERS = (None, "first", "second")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def write_adapter(model, directory, seed):
-    """A random adapter of all projections in PEFT's format, and `model` with it merged in."""
-    torch.manual_seed(seed)
-    weights = {}
-    for name, module in model.named_modules():
-        if name.endswith(PROJECTIONS):
-            a = torch.randn(RANK, module.in_features) * 0.1
-            b = torch.randn(module.out_features, RANK) * 0.1
-            module.weight.data += b @ a
-            weights[f"base_model.model.{name}.lora_A.weight"] = a
-            weights[f"base_model.model.{name}.lora_B.weight"] = b
-    directory.mkdir()
-    save_file(weights, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none"}
-    config["target_modules"] = list(PROJECTIONS)
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return saved(model, directory / "merged")
 
 
 def test_mixed_adapters_and_depths_equal_merged_cut_checkpoints(tmp_path):
@@ -55,7 +32,7 @@ def test_mixed_adapters_and_depths_equal_merged_cut_checkpoints(tmp_path):
 
     # One slot more than adapters: vLLM's CPU kernels give rows without an adapter the weights in
     # the last slot, which must therefore stay empty.
-    args = {"enable_lora": True, "max_loras": len(ADAPTERS), "max_lora_rank": RANK}
+    args = {"enable_lora": True, "max_loras": len(ADAPTERS), "max_lora_rank": ADAPTER_RANK}
     with tiny_engine(checkpoints[None], **args) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": p} for p in prompts],

@@ -15,9 +15,10 @@ pytestmark = pytest.mark.engine
 
 NUM_LAYERS, NUM_REQUESTS, BLOCK = 6, 1000, 128
 MODELS = {
-    "llama": (tiny_llama, {}),
-    "gemma3": (tiny_gemma3, {"sliding_window": 64}),
+    "llama": (tiny_llama, {}, {}),
+    "gemma3-no-cache": (tiny_gemma3, {"sliding_window": 64}, {"enable_prefix_caching": False}),
 }
+"""Name to model, its configuration and engine arguments."""
 
 
 @dataclass
@@ -81,12 +82,12 @@ def serve(engine, requests, rng):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_wrong_token_and_no_lost_block(name, tmp_path):
-    make, config = MODELS[name]
+    make, config, engine_args = MODELS[name]
     checkpoint = saved(make(NUM_LAYERS, **ENGINE_SIZES, **config), tmp_path / name)
     rng = random.Random(9)
     requests = random_requests(rng)
 
-    with tiny_engine(checkpoint) as llm:
+    with tiny_engine(checkpoint, **engine_args) as llm:
         serve(llm.llm_engine, requests, rng)
         assert llm.reset_prefix_cache(), "vLLM frees the cache only when no block is held"
 

@@ -51,7 +51,6 @@ def test_neither_a_table_nor_a_depth():
         (["--exit-layer", "31"], "'31'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "half"], "'half'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "3", "--api-server-count", "2"], "--api-server-count 2; allowed: 1"),
-        (["--exit-layer", "3", "--data-parallel-size", "2"], "--data-parallel-size 2; allowed: 1"),
         (["--exit-layer", "3", "--headless"], "--headless"),
         (["--exit-layer", "3", "--grpc"], "--grpc"),
         (["--exit-layer", "3", "--revision", "main"], "--revision main"),

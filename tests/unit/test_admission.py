@@ -140,6 +140,15 @@ def test_a_chat_matches_by_its_only_user_message():
     assert reason(named, kind="chat") == Reason.UNMATCHED
 
 
+@pytest.mark.parametrize(("model", "is_adapter"), [("base", False), ("", False), ("tuned", True)])
+def test_an_adapter_is_not_looked_up(model, is_adapter):
+    body = {"prompt": "Fine. It was", **CHOICE, "model": model}
+    admission = Admission(NUM_LAYERS, TASKS, LABELS, served_names=("base",))
+    [entry] = plan(body, admission=admission).entries
+    assert (entry == ExitDecision.full(NUM_LAYERS, Reason.ADAPTER)) is is_adapter
+    assert isinstance(entry, Lookup) is not is_adapter
+
+
 @pytest.mark.parametrize(("asked", "layer"), [(12, 12), ("full", NUM_LAYERS)])
 def test_an_override_needs_no_look_up(asked, layer):
     body = {"prompt": ["Fine. It was", "other"], **CHOICE, "raee": {"exit_layer": asked}}

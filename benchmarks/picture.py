@@ -1,0 +1,71 @@
+"""Draw what `benchmarks.throughput --json` printed: throughput against mean depth."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+INK, OURS, IDEAL, VANILLA = "#222222", "#0b6e4f", "#c77d0a", "#6b6b6b"
+
+
+def draw(result: dict[str, Any], workload: str, target: Path) -> None:
+    """One PNG: this, the ideal and vanilla, at uniform depths and mixes of one workload."""
+    n = result["num_layers"]
+    full = result["full_depth_ratio"][workload]
+    uniform = sorted((int(d), r) for d, r in result["uniform"][workload].items())
+    depths = [d / n for d, _ in uniform] + [1.0]
+    speed = [r["speedup"] for _, r in uniform] + [full]
+    ideal = [r["speedup"]["median"] / r["efficiency"]["median"] for _, r in uniform] + [1.0]
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150)
+    axes.axhline(1.0, color=VANILLA, linestyle=":", label="vanilla vLLM")
+    axes.plot(depths, ideal, color=IDEAL, marker="s", label="ideal: checkpoint cut to that depth")
+    axes.errorbar(
+        depths,
+        [s["median"] for s in speed],
+        yerr=bars(speed),
+        color=OURS,
+        marker="o",
+        capsize=3,
+        label="raee-serve, all requests at one depth",
+    )
+    for mix, figures in result["mixed"].get(workload, {}).items():
+        x, y = figures["mean_depth"] / n, figures["speedup"]
+        axes.errorbar([x], [y["median"]], yerr=bars([y]), color=OURS, marker="D", capsize=3)
+        axes.plot([x], [y["median"] / figures["efficiency"]["median"]], color=IDEAL, marker="D")
+        axes.annotate(f" {mix}", (x, y["median"]), color=INK, fontsize=8)
+    axes.set_xlabel("mean exit layer / number of layers")
+    axes.set_ylabel("throughput / vanilla vLLM")
+    axes.set_title(f"{result['model']}, {result['dtype']}, {workload}", color=INK, fontsize=10)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target)
+
+
+def bars(ratios: list[dict[str, float]]) -> list[list[float]]:
+    """Lengths below and above the medians, as matplotlib wants them."""
+    return [
+        [r["median"] - r["low"] for r in ratios],
+        [r["high"] - r["median"] for r in ratios],
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "output", type=Path, help="what the benchmark printed; its last line counts"
+    )
+    parser.add_argument("--workload", default="decode-heavy")
+    parser.add_argument("--png", type=Path, required=True)
+    args = parser.parse_args()
+    draw(json.loads(args.output.read_text().splitlines()[-1]), args.workload, args.png)
+
+
+if __name__ == "__main__":
+    main()

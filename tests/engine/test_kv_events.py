@@ -1,0 +1,36 @@
+"""KV events name blocks by hashes that depths do not share, so that no listener mixes them up."""
+
+import random
+
+import pytest
+from vllm.config import KVEventsConfig
+from vllm.distributed.kv_events import BlockStored
+
+from tests.engine.engines import generate_at, tiny_engine
+from tests.tiny import ENGINE_SIZES, saved, tiny_llama
+
+pytestmark = pytest.mark.engine
+
+NUM_LAYERS, BLOCK = 6, 128
+
+
+def test_each_depth_stores_blocks_of_its_own(tmp_path, monkeypatch):
+    checkpoint = saved(tiny_llama(NUM_LAYERS, **ENGINE_SIZES), tmp_path / "llama")
+    rng = random.Random(1)
+    prompt = [rng.randrange(5, ENGINE_SIZES["vocab_size"]) for _ in range(2 * BLOCK + 10)]
+    events_on = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+
+    stored = {}
+    with tiny_engine(checkpoint, kv_events_config=events_on) as llm:
+        publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+        for depth in (2, 4, 2, NUM_LAYERS):
+            batches = []
+            monkeypatch.setattr(publisher, "publish", batches.append)
+            generate_at(llm, [prompt], [depth], max_tokens=1)
+            events = [event for batch in batches for event in batch.events]
+            hashes = [h for e in events if isinstance(e, BlockStored) for h in e.block_hashes]
+            stored.setdefault(depth, []).append(set(hashes))
+
+    assert [len(found) for found in stored[2]] == [2, 0]  # the second finds the first's blocks
+    assert len(stored[4][0]) == len(stored[NUM_LAYERS][0]) == 2
+    assert len(set().union(*(found for times in stored.values() for found in times))) == 6
