@@ -32,7 +32,6 @@ def config(smollm2, **changes):
     [
         {},
         {"enable_lora": True},
-        {"tensor_parallel_size": 2},
         {"speculative_config": NGRAM},
         {"enable_prefix_caching": False},
         {"enable_chunked_prefill": False},
