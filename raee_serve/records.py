@@ -29,6 +29,8 @@ class ExitDecision:
     exit_layer: 1..num_layers; num_layers is full depth.
     distance: cosine distance (0..2) to the nearest row looked at, None without a look-up.
     lookup_ms: wall time of the look-up this decision was part of.
+    label_bias: the exit's head: what it adds to the logits of the task's label words, in their
+        order; empty for the plain head.
     """
 
     exit_layer: int
@@ -37,6 +39,7 @@ class ExitDecision:
     task: str | None = None
     distance: float | None = None
     lookup_ms: float = 0.0
+    label_bias: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.exit_layer <= self.num_layers:

@@ -1,28 +1,32 @@
-"""From the neighbours' exit information to an exit layer, in pure NumPy.
+"""From the neighbours' exit information to an exit, in pure NumPy.
 
 Arrays may carry leading batch dimensions, written `...`; k neighbours, nearest or not first:
 
-    evidence   [..., k, num_layers]  probability of the gold answer where that layer answers the
-                                     neighbour correctly, else 0; within 0..1
-    distances  [..., k]              cosine distance to each neighbour, within 0..2
+    evidence   [..., k, num_heads, num_layers]  probability of the gold answer where that exit
+                                                answers the neighbour correctly, else 0; in 0..1
+    distances  [..., k]                         cosine distance to each neighbour, within 0..2
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError
+from raee_serve.retrieval.heads import FUSED_K, Head
 
 Array = NDArray[np.float64]
 
-DEFAULT_K = 12
-"""Neighbours per look-up; published value."""
-DEFAULT_RULE = "earliest"
+DEFAULT_LABEL_RULE = "fused"
+DEFAULT_FREE_TEXT_RULE = "earliest"
 DEFAULT_FRACTION = 0.95
-"""Share of the best layer's score that an earlier layer must reach under `earliest`."""
+"""Share of the best layer's score that an earlier layer must reach, unless under `published`."""
+
+DEFAULT_VOTE_WEIGHT = 2.0
+"""Weight of the neighbours' vote in fused exits."""
 
 CONFIDENT = 0.9
 """`published` keeps the pairs of a neighbour with at least this probability."""
@@ -33,37 +37,72 @@ MIN_DISTANCE = 1e-4
 ratio d_min/d_i neither divides by zero nor ranks neighbours that are all exact matches."""
 
 NO_EVIDENCE = 0
-"""What `exit_layers` gives where no neighbour was answered correctly by any layer."""
+"""What `exits` gives as the layer where no neighbour was answered correctly by any exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A way to choose an exit.
+
+    heads: the heads it chooses among. k: neighbours per look-up unless asked otherwise.
+    score: (evidence, weights) -> [..., num_heads, num_layers].
+    choose: (best score of each layer, fraction) -> layer index.
+    """
+
+    heads: tuple[Head, ...]
+    k: int
+    score: Callable[[Array, Array], Array]
+    choose: Callable[[Array, float], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSettings:
+    """fraction: within (0, 1]; vote_weight: above 0. See the defaults."""
+
+    fraction: float = DEFAULT_FRACTION
+    vote_weight: float = DEFAULT_VOTE_WEIGHT
+
+
+DEFAULT_SETTINGS = RuleSettings()
+
+
+def rule_named(name: str) -> Rule:
+    """Raises RaeeError for an unknown one."""
+    if name not in RULES:
+        raise RaeeError(f"unknown rule {name!r}; known rules: {', '.join(RULES)}")
+    return RULES[name]
 
 
 def decide(
-    rule: str, evidence: NDArray, distances: NDArray, *, fraction: float = DEFAULT_FRACTION
-) -> int | None:
-    """The exit layer (1..num_layers) for one prompt, or None without any evidence.
+    rule: Rule, evidence: NDArray, distances: NDArray, *, fraction: float = DEFAULT_FRACTION
+) -> tuple[int, int] | None:
+    """The exit layer (1..num_layers) and head (position in evidence) for one prompt.
 
-    evidence: [k, num_layers]; distances: [k]. Raises as `exit_layers`.
+    `None` without any evidence. evidence: [k, num_heads, num_layers]; distances: [k]. Raises as
+    `exits`.
     """
-    layer = int(exit_layers(rule, evidence, distances, fraction=fraction))
-    return None if layer == NO_EVIDENCE else layer
+    layer, head = (int(part) for part in exits(rule, evidence, distances, fraction=fraction))
+    return None if layer == NO_EVIDENCE else (layer, head)
 
 
-def exit_layers(
-    rule: str, evidence: NDArray, distances: NDArray, *, fraction: float = DEFAULT_FRACTION
-) -> NDArray[np.int64]:
-    """The exit layer of each prompt in the batch: [...], 1..num_layers or NO_EVIDENCE.
+def exits(
+    rule: Rule, evidence: NDArray, distances: NDArray, *, fraction: float = DEFAULT_FRACTION
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The exit of each prompt in the batch: layers [...], 1..num_layers or NO_EVIDENCE, and heads.
 
-    Raises RaeeError for an unknown rule, shapes that do not fit, or a fraction outside (0, 1].
+    The rule chooses a layer by its best head. Raises RaeeError for shapes that do not fit, or a
+    fraction outside (0, 1].
     """
-    if rule not in RULES:
-        raise RaeeError(f"unknown rule {rule!r}; known rules: {', '.join(RULES)}")
     if not 0 < fraction <= 1:
         raise RaeeError(f"fraction {fraction} is not within (0, 1]")
-    if evidence.shape[:-1] != distances.shape or 0 in evidence.shape[-2:]:
+    if evidence.shape[:-2] != distances.shape or 0 in evidence.shape[-3:]:
         raise RaeeError(f"evidence {evidence.shape} does not fit distances {distances.shape}")
     evidence = evidence.astype(np.float64)
-    choose = RULES[rule]
-    layers = 1 + choose(evidence, neighbour_weights(distances), fraction)
-    return np.where(evidence.any(axis=(-1, -2)), layers, NO_EVIDENCE)
+    scores = rule.score(evidence, neighbour_weights(distances))
+    layers = rule.choose(scores.max(axis=-2), fraction)
+    at_layer = np.take_along_axis(scores, layers[..., None, None], axis=-1)[..., 0]
+    found = evidence.any(axis=(-1, -2, -3))
+    return np.where(found, 1 + layers, NO_EVIDENCE), at_layer.argmax(axis=-1)
 
 
 def neighbour_weights(distances: NDArray) -> Array:
@@ -72,41 +111,38 @@ def neighbour_weights(distances: NDArray) -> Array:
     return clipped.min(axis=-1, keepdims=True) / clipped
 
 
-def published(evidence: Array, weights: Array, _fraction: float) -> NDArray[np.int64]:
-    """Layer index with the most weighted probability among the neighbours' best pairs.
+def all_pairs(evidence: Array, weights: Array) -> Array:
+    """Weighted probability of each exit over all neighbours."""
+    return (evidence * weights[..., None, None]).sum(axis=-3)
 
-    Of each neighbour the (layer, p) pairs with p >= CONFIDENT count, or its TOP_PAIRS best if
-    there is none; the earliest layer wins ties. The rule of the paper's code (HugeRaabbit/RAEE).
+
+def best_pairs(evidence: Array, weights: Array) -> Array:
+    """Weighted probability over each neighbour's pairs with p >= CONFIDENT, or TOP_PAIRS best.
+
+    The pairs that the paper's code keeps (HugeRaabbit/RAEE).
     """
-    scores = _weighted_sum(np.where(_kept_pairs(evidence), evidence, 0), weights)
-    return scores.argmax(axis=-1)
-
-
-def earliest(evidence: Array, weights: Array, fraction: float) -> NDArray[np.int64]:
-    """Earliest layer index whose weighted probability reaches `fraction` of the best layer's.
-
-    All pairs of all neighbours count.
-    """
-    scores = _weighted_sum(evidence, weights)
-    enough = scores >= fraction * scores.max(axis=-1, keepdims=True)
-    return enough.argmax(axis=-1)
-
-
-def _kept_pairs(evidence: Array) -> NDArray[np.bool_]:
-    """[..., k, num_layers]: which pairs `published` counts; among equals the earlier layers."""
     confident = evidence >= CONFIDENT
     best = np.argsort(-evidence, axis=-1, kind="stable")[..., :TOP_PAIRS]
     top = np.zeros_like(confident)
     np.put_along_axis(top, best, True, axis=-1)
-    return np.where(confident.any(axis=-1, keepdims=True), confident, top)
+    kept = np.where(confident.any(axis=-1, keepdims=True), confident, top)
+    return all_pairs(np.where(kept, evidence, 0), weights)
 
 
-def _weighted_sum(values: Array, weights: Array) -> Array:
-    """[..., k, num_layers], [..., k] -> [..., num_layers]"""
-    return (values * weights[..., None]).sum(axis=-2)
+def best_layer(scores: Array, _fraction: float) -> NDArray[np.int64]:
+    """[..., num_layers] -> [...]: the layer with the highest score, the earliest of equals."""
+    return scores.argmax(axis=-1)
 
 
-RULES: dict[str, Callable[[Array, Array, float], NDArray[np.int64]]] = {
-    "published": published,
-    "earliest": earliest,
+def earliest_layer(scores: Array, fraction: float) -> NDArray[np.int64]:
+    """[..., num_layers] -> [...]: the earliest layer to reach `fraction` of the highest score."""
+    return (scores >= fraction * scores.max(axis=-1, keepdims=True)).argmax(axis=-1)
+
+
+RULES: dict[str, Rule] = {
+    "published": Rule(("plain",), 12, best_pairs, best_layer),
+    "earliest": Rule(("plain",), 12, all_pairs, earliest_layer),
+    "calibrated": Rule(("plain", "calibrated"), 24, all_pairs, earliest_layer),
+    "fused": Rule(("fused",), FUSED_K, all_pairs, earliest_layer),
 }
+"""By name. Free text has the plain head alone: there the last two are `earliest` with their k."""

@@ -13,10 +13,24 @@ from numpy.typing import NDArray
 from raee_serve.errors import RaeeError, TableError
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.aggregate import DEFAULT_K, DEFAULT_RULE, RULES, decide
+from raee_serve.retrieval.aggregate import (
+    DEFAULT_FREE_TEXT_RULE,
+    DEFAULT_LABEL_RULE,
+    DEFAULT_SETTINGS,
+    RuleSettings,
+    decide,
+    rule_named,
+)
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.table.evidence import evidence_of
-from raee_serve.table.schema import TableMetadata
+from raee_serve.retrieval.heads import (
+    Calibration,
+    Head,
+    label_counts,
+    leave_one_out_log_votes,
+    log_votes,
+)
+from raee_serve.table.evidence import evidence_of, label_evidence
+from raee_serve.table.schema import TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS
@@ -28,6 +42,10 @@ BOUND_SAMPLE = 1000
 MIN_BOUND = 1e-3
 """Least distance bound: the same text embedded in another batch differs by about 1e-6, so that a
 task with a single row still knows its own text."""
+
+
+HEADS: tuple[Head, ...] = ("plain", "calibrated", "fused")
+"""The order in which a row's exit information is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +66,37 @@ class Lookup:
 class TaskIndex:
     """The rows of one task, as a look-up needs them.
 
-    vectors: [n, dimension] float32, L2-normalised; evidence: [n, num_layers] float32, see
-    `aggregate`; distance_bound: cosine distance beyond which the nearest row says nothing.
+    vectors: [n, dimension] float32, L2-normalised.
+    evidence: [n, len(HEADS), num_layers] float32, see `aggregate`; for free text the heads after
+        the first hold nothing.
+    labels: [n] int32, gold label of each row; 0 for free text.
+    distance_bound: cosine distance beyond which the nearest row says nothing.
+    calibration: None for free text.
     """
 
     vectors: NDArray[np.float32]
     evidence: NDArray[np.float32]
+    labels: NDArray[np.int32]
     distance_bound: float
+    calibration: Calibration | None
 
 
 class ExitRetriever:
     """Decides exits from rows held in memory; the table is not touched after `open`."""
 
-    default_k = DEFAULT_K
-    default_rule = DEFAULT_RULE
-
     def __init__(
-        self, encoder: Encoder, metadata: TableMetadata, indexes: Mapping[str, TaskIndex]
+        self,
+        encoder: Encoder,
+        metadata: TableMetadata,
+        indexes: Mapping[str, TaskIndex],
+        settings: RuleSettings,
     ) -> None:
         self._encoder = encoder
+        self._settings = settings
         self._vectors = np.concatenate([index.vectors for index in indexes.values()])
         self._evidence = np.concatenate([index.evidence for index in indexes.values()])
+        self._labels = np.concatenate([index.labels for index in indexes.values()])
+        self._calibrations = [index.calibration for index in indexes.values()]
         self._names = tuple(indexes)
         self._bounds = [index.distance_bound for index in indexes.values()]
         sizes = [len(index.vectors) for index in indexes.values()]
@@ -93,6 +121,7 @@ class ExitRetriever:
         backbone: BackboneIdentity,
         encoder: str | None = None,
         max_distance: float | None = None,
+        settings: RuleSettings = DEFAULT_SETTINGS,
     ) -> ExitRetriever:
         """Loads a table and its encoder (`encoder` overrides where that is found).
 
@@ -112,11 +141,14 @@ class ExitRetriever:
             metadata.check_task(TASKS[name], uri)
         model = Encoder(encoder or metadata.encoder.name)
         metadata.check_encoder(model.identity(), uri)
-        indexes = {name: _load_index(table, name, max_distance) for name in metadata.tasks}
+        indexes = {
+            name: _load_index(table, name, max_distance, settings.vote_weight)
+            for name in metadata.tasks
+        }
         filled = {name: index for name, index in indexes.items() if len(index.vectors)}
         if not filled:
             raise TableError(f"exit table {uri} holds no rows; build it first")
-        return cls(model, metadata, filled)
+        return cls(model, metadata, filled, settings)
 
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
@@ -140,8 +172,8 @@ class ExitRetriever:
     def _check(self, lookup: Lookup) -> None:
         if lookup.k is not None and lookup.k < 1:
             raise RaeeError(f"k = {lookup.k} is not allowed, it must be at least 1")
-        if lookup.rule is not None and lookup.rule not in RULES:
-            raise RaeeError(f"unknown rule {lookup.rule!r}; known rules: {', '.join(RULES)}")
+        if lookup.rule is not None:
+            rule_named(lookup.rule)
         unknown = [name for name in lookup.candidates if name not in self._spans]
         if unknown or not lookup.candidates:
             raise RaeeError(
@@ -162,17 +194,43 @@ class ExitRetriever:
         self, lookup: Lookup, rows: NDArray[np.int64], distances: NDArray[np.float32]
     ) -> ExitDecision:
         """rows, distances: [R], see `_distances`."""
-        nearest = _smallest(distances, lookup.k or self.default_k)
+        is_free_text = self._calibrations[self._owner[rows[0]]] is None
+        default = DEFAULT_FREE_TEXT_RULE if is_free_text else DEFAULT_LABEL_RULE
+        rule = rule_named(lookup.rule or default)
+        heads: tuple[Head, ...] = ("plain",) if is_free_text else rule.heads
+        nearest = _smallest(distances, lookup.k or rule.k)
         distance = float(distances[nearest[0]])
         owner = self._owner[rows[nearest[0]]]
         found = {"task": self._names[owner], "distance": distance}
         if distance > self._bounds[owner]:
             return ExitDecision.full(self.num_layers, Reason.FAR, **found)
-        rule = lookup.rule or self.default_rule
-        layer = decide(rule, self._evidence[rows[nearest]], distances[nearest])
-        if layer is None:
+        evidence = self._evidence[rows[nearest]][:, [HEADS.index(head) for head in heads]]
+        fraction = self._settings.fraction
+        chosen = decide(rule, evidence, distances[nearest], fraction=fraction)
+        if chosen is None:
             return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **found)
-        return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **found)
+        layer, head = chosen[0], heads[chosen[1]]
+        bias = self._label_bias(head, layer, rows, nearest, distances)
+        return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **found, label_bias=bias)
+
+    def _label_bias(
+        self,
+        head: Head,
+        layer: int,
+        rows: NDArray[np.int64],
+        nearest: NDArray[np.int64],
+        distances: NDArray[np.float32],
+    ) -> tuple[float, ...]:
+        """What `head` adds to the label words' logits, calibrated as the nearest row's task is."""
+        if head == "plain":
+            return ()
+        calibration = self._calibrations[self._owner[rows[nearest[0]]]]
+        assert calibration is not None
+        counts = label_counts(self._labels[rows], calibration.bias.shape[1])
+        similarities = 1 - distances[nearest].astype(np.float64)
+        votes = log_votes(similarities, self._labels[rows[nearest]], counts)
+        bias = calibration.label_bias(head, layer, votes, self._settings.vote_weight)
+        return tuple(bias.tolist())
 
 
 def _by_candidates(lookups: Sequence[Lookup]) -> dict[tuple[str, ...], list[int]]:
@@ -190,11 +248,31 @@ def _smallest(distances: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     return within[np.argsort(distances[within], kind="stable")]
 
 
-def _load_index(table: ExitTable, name: str, max_distance: float | None) -> TaskIndex:
-    rows = table.rows(name)
-    evidence = evidence_of(rows, table.metadata.tasks[name], table.metadata.backbone.num_layers)
+def _load_index(
+    table: ExitTable, name: str, max_distance: float | None, vote_weight: float
+) -> TaskIndex:
+    rows, entry = table.rows(name), table.metadata.tasks[name]
+    plain = evidence_of(rows, entry, table.metadata.backbone.num_layers)
+    evidence = np.zeros((len(rows), len(HEADS), plain.shape[1]), np.float32)
+    evidence[:, 0] = plain
+    labels, calibration = np.zeros(len(rows), np.int32), None
+    if entry.kind == "labels" and len(rows):
+        assert rows.label_logprobs is not None and rows.golds is not None
+        labels, calibration = rows.golds, Calibration.of(rows.label_logprobs)
+        evidence[:, 1:] = _other_heads(rows, entry, calibration, vote_weight)
     bound = _distance_bound(rows.vectors) if max_distance is None else max_distance
-    return TaskIndex(rows.vectors, evidence, bound)
+    return TaskIndex(rows.vectors, evidence, labels, bound, calibration)
+
+
+def _other_heads(
+    rows: TaskRows, entry: TaskEntry, calibration: Calibration, vote_weight: float
+) -> NDArray[np.float32]:
+    """[n, 2, num_layers] exit information under the calibrated and the fused head."""
+    assert rows.label_logprobs is not None and rows.golds is not None
+    votes = leave_one_out_log_votes(rows.vectors, rows.golds, len(entry.label_words))
+    calibrated = calibration.scores(rows.label_logprobs)
+    fused = calibrated / calibration.spread[:, None] + vote_weight * votes[:, None]
+    return np.stack([label_evidence(scores, rows.golds) for scores in (calibrated, fused)], axis=1)
 
 
 def _distance_bound(vectors: NDArray[np.float32]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.aggregate import RULES
 from raee_serve.retrieval.retriever import Lookup
-from raee_serve.server.limits import LabelOutputs, OutputLimit
+from raee_serve.server.limits import LabelOutputs, LabelTokens, OutputLimit
 from raee_serve.server.options import RaeeOptions, parse_options
 from raee_serve.server.prompts import Kind, TextPrompt, is_rendered_plainly, is_text, whole_text
 from raee_serve.table.task import Task
@@ -22,13 +22,16 @@ from raee_serve.table.task import Task
 class Plan:
     """entries: one per prompt, in prompt order. body: what vLLM is to see.
 
-    first_tokens: where the body limits its output by choice, the tokens with which its choices
-        begin; a retrieved exit is meaningful only if one of them is sampled first.
+    label_tokens: for each task whose label words limit the output, and each of these words, the
+        first tokens with which it may be spelled.
+    is_choice: whether a grammar limits it, which also admits pieces of the words: a retrieved exit
+        is meaningful only if one of those tokens is sampled first.
     """
 
     entries: tuple[ExitDecision | Lookup, ...]
     body: dict[str, Any]
-    first_tokens: tuple[int, ...] = ()
+    label_tokens: Mapping[str, LabelTokens] = field(default_factory=dict)
+    is_choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,12 @@ class Admission:
             return Plan((self._full(Reason.UNCONSTRAINED, options.task),) * len(prompts), body)
         plain = is_rendered_plainly(kind, body)
         entries = tuple(self._entry(options, limit, prompt, plain) for prompt in prompts)
-        return Plan(entries, body, self._first_tokens(limit))
+        tokens = {
+            name: label.tokens_under(limit)
+            for name, label in self.labels.items()
+            if label.allow_all_of(limit)
+        }
+        return Plan(entries, body, tokens, bool(limit.choices))
 
     def _is_adapter(self, model: Any) -> bool:
         """Whether a body's model is not the backbone; vLLM takes an empty name for it."""
@@ -147,10 +155,6 @@ class Admission:
             words = self.labels[(exact or limited)[0]].words
             return [name for name in limited if self.labels[name].words == words]
         return [name for name in names if name not in self.labels]
-
-    def _first_tokens(self, limit: OutputLimit) -> tuple[int, ...]:
-        labels = (label for label in self.labels.values() if limit.choices)
-        return next((o.first_tokens_of(limit) for o in labels if o.allow_all_of(limit)), ())
 
     def _full(self, reason: Reason, task: str | None) -> ExitDecision:
         return ExitDecision.full(self.num_layers, reason, task=task)

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PromptDepth:
-    """exit_layer: 1..num_layers. first_tokens: of which one is to be sampled first; empty: any."""
+    """exit_layer: 1..num_layers. token_bias: (token id, what the exit's head adds to its logit).
+
+    first_tokens: of which one is to be sampled first; empty: any.
+    """
 
     exit_layer: int
+    token_bias: tuple[tuple[int, float], ...] = ()
     first_tokens: tuple[int, ...] = ()
 
 

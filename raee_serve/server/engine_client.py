@@ -59,6 +59,9 @@ def at_depth(params: SamplingParams, depth: PromptDepth) -> SamplingParams:
         if not key.startswith(RESERVED_PREFIX)
     }
     own.extra_args = kept | {EXIT_LAYER_KEY: depth.exit_layer}
-    if depth.first_tokens:
-        own.logit_bias = with_first_tokens(params.logit_bias or {}, depth.first_tokens)
+    if depth.token_bias or depth.first_tokens:
+        bias = dict(params.logit_bias or {})
+        for token, value in depth.token_bias:
+            bias[token] = bias.get(token, 0.0) + value
+        own.logit_bias = with_first_tokens(bias, depth.first_tokens)
     return own

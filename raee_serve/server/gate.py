@@ -9,7 +9,7 @@ from typing import Any
 
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.retriever import Lookup
-from raee_serve.server.admission import Admission
+from raee_serve.server.admission import Admission, Plan
 from raee_serve.server.depths import PromptDepth
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
@@ -20,20 +20,27 @@ Detokenize = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """decisions: one per prompt, in prompt order. body, first_tokens: see `Plan`."""
+    """decisions: one per prompt, in prompt order. plan: what they were made from."""
 
     decisions: tuple[ExitDecision, ...]
-    body: dict[str, Any]
-    first_tokens: tuple[int, ...]
+    plan: Plan
 
     @property
     def depths(self) -> list[PromptDepth]:
         """How each prompt is to run, in prompt order."""
-        return [PromptDepth(d.exit_layer, self._steering(d)) for d in self.decisions]
+        return [self._depth(decision) for decision in self.decisions]
 
-    def _steering(self, decision: ExitDecision) -> tuple[int, ...]:
-        steered = decision.reason is Reason.RETRIEVED and not decision.is_full
-        return self.first_tokens if steered else ()
+    def _depth(self, decision: ExitDecision) -> PromptDepth:
+        words = self.plan.label_tokens.get(decision.task or "", ())
+        if decision.reason is not Reason.RETRIEVED or not words:
+            return PromptDepth(decision.exit_layer)
+        bias: tuple[tuple[int, float], ...] = ()
+        if decision.label_bias:
+            pairs = zip(words, decision.label_bias, strict=True)
+            bias = tuple((token, value) for tokens, value in pairs for token in tokens)
+        steers = self.plan.is_choice and (bool(bias) or not decision.is_full)
+        first = tuple(sorted(token for tokens in words for token in tokens)) if steers else ()
+        return PromptDepth(decision.exit_layer, bias, first)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Gate:
         plan = self.admission.plan(kind, body, options, prompts)
         decisions = await self._decided(plan.entries)
         self.metrics.record(decisions)
-        return Admitted(decisions, plan.body, plan.first_tokens)
+        return Admitted(decisions, plan)
 
     def close(self) -> None:
         if self.lookups is not None:

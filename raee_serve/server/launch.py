@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raee_serve.retrieval.aggregate import DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT
 from raee_serve.server.settings import DepthSettings
 
 if TYPE_CHECKING:
@@ -28,7 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--encoder", help="name or directory of the table's encoder, if moved")
     parser.add_argument("--k", type=int, help="neighbours to look up")
-    parser.add_argument("--rule", help="how neighbours are aggregated: earliest, published")
+    parser.add_argument(
+        "--rule",
+        help="how an exit is chosen: fused (default for label words), "
+        "calibrated, earliest (default for free text), published",
+    )
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        default=DEFAULT_FRACTION,
+        metavar="F",
+        help="take the earliest layer whose score is at least F of the best layer's "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vote-weight",
+        type=float,
+        default=DEFAULT_VOTE_WEIGHT,
+        metavar="W",
+        help="weight of the neighbours' labels beside the model's own answer in fused exits "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
         "--max-distance",
         type=float,
@@ -55,6 +76,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         rule=args.rule,
         max_distance=args.max_distance,
         lookup_timeout_ms=args.lookup_timeout_ms,
+        fraction=args.fraction,
+        vote_weight=args.vote_weight,
     )
     import uvloop
 

@@ -16,6 +16,9 @@ from raee_serve.table.task import Task, answer_token_ids, prompt_text
 MAX_BIAS = 100.0
 """Largest `logit_bias` vLLM applies; greater ones are clipped to it."""
 
+LabelTokens = tuple[tuple[int, ...], ...]
+"""For each label word the first tokens with which an output may spell it."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutputLimit:
@@ -107,9 +110,14 @@ class LabelOutputs:
         # A token is at least one byte, so this covers every spelling of the longest text.
         return _with_max_tokens(limited, 1 + max(len(text.encode()) for text in self.texts))
 
-    def first_tokens_of(self, limit: OutputLimit) -> tuple[int, ...]:
-        """First tokens of the choices that the output is limited to, as they are spelled."""
-        return tuple(sorted(self.spellings[choice] for choice in limit.spellings))
+    def tokens_under(self, limit: OutputLimit) -> LabelTokens:
+        """For each label word the first tokens with which `limit` lets it be spelled."""
+        if not limit.choices:
+            return tuple((token,) for token in self.token_ids)
+        return tuple(
+            tuple(sorted(self.spellings[s] for s in limit.spellings if s.removeprefix(" ") == word))
+            for word in self.words
+        )
 
 
 def with_first_tokens(bias: Mapping[Any, float], tokens: Sequence[Any]) -> dict[Any, float]:

@@ -56,7 +56,7 @@ class RaeeMiddleware:
             await self.app(scope, receive, send)
 
     async def _run(self, admitted: Admitted, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = json.dumps(admitted.body).encode()
+        raw = json.dumps(admitted.plan.body).encode()
         with request_depths(admitted.depths):
             await self.app(
                 _with_length(scope, len(raw)),

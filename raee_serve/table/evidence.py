@@ -27,17 +27,17 @@ def evidence_of(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np
     return free_text_evidence(rows.reference_logprob, rows.agreement, entry.layers, num_layers)
 
 
-def label_evidence(
-    label_logprobs: NDArray[np.float32], golds: NDArray[np.int32]
-) -> NDArray[np.float32]:
-    """[n, num_layers, num_labels] log-probabilities and [n] label indices -> [n, num_layers].
+def label_evidence(scores: NDArray[np.floating], golds: NDArray[np.int32]) -> NDArray[np.float32]:
+    """[n, num_layers, num_labels] scores of the label words, [n] label indices -> [n, num_layers].
 
-    p(gold) where gold is the most probable label word, else 0. Of equally probable words the first
-    counts as the prediction, as in a greedy sampler.
+    The gold label's probability (softmax of the scores, of which log-probabilities are some) where
+    its score is the highest, else 0. Of equal scores the first counts as the prediction, as in a
+    greedy sampler.
     """
-    right = label_logprobs.argmax(axis=-1) == golds[:, None]
-    gold_logprobs = np.take_along_axis(label_logprobs, golds[:, None, None], axis=-1)[..., 0]
-    return np.where(right, np.exp(gold_logprobs), 0).astype(np.float32)
+    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    gold = np.take_along_axis(shifted, golds[:, None, None], axis=-1)[..., 0]
+    right = scores.argmax(axis=-1) == golds[:, None]
+    return np.where(right, gold / shifted.sum(axis=-1), 0).astype(np.float32)
 
 
 def free_text_evidence(

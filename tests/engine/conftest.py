@@ -11,7 +11,6 @@ import pytest
 class ServedModel:
     """A running engine with truncated execution and the checkpoint it serves."""
 
-    name: str
     checkpoint: Path
     llm: object
     num_layers: int
@@ -36,7 +35,6 @@ def served(request):
         config = llm.llm_engine.model_config
         tokenizer = llm.get_tokenizer()
         yield ServedModel(
-            request.param,
             checkpoint,
             llm,
             config.get_total_num_hidden_layers(),

@@ -6,18 +6,31 @@ import pytest
 from vllm import SamplingParams
 
 from raee_serve.engine.settings import exit_args
+from tests.engine.conftest import ServedModel
+from tests.engine.engines import tiny_engine
 from tests.engine.reference import greedy_mismatches
+from tests.tiny import ENGINE_SIZES, saved, tiny_gemma3, tiny_llama
 
 pytestmark = pytest.mark.engine
 
-NUM_TOKENS = 8
+NUM_LAYERS, NUM_TOKENS = 6, 8
 CACHE_BLOCK = 128
+GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, "detokenize": False}
+MODELS = {"llama": (tiny_llama, {}), "gemma3": (tiny_gemma3, {"sliding_window": 64})}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def served(request, tmp_path_factory):
+    make, config = MODELS[request.param]
+    model = make(NUM_LAYERS, **ENGINE_SIZES, **config)
+    checkpoint = saved(model, tmp_path_factory.mktemp("tiny") / "model")
+    with tiny_engine(checkpoint) as llm:
+        yield ServedModel(checkpoint, llm, NUM_LAYERS, ENGINE_SIZES["vocab_size"], first_token=2)
 
 
 def run(served, prompt, exit_layer, **sampling):
     """One request on its own: (completions, number of prompt tokens found in the cache)."""
-    greedy = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
-    params = SamplingParams(**greedy | sampling, extra_args=exit_args(exit_layer))
+    params = SamplingParams(**GREEDY | sampling, extra_args=exit_args(exit_layer))
     [output] = served.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
     return [list(o.token_ids) for o in output.outputs], output.num_cached_tokens
 
@@ -58,10 +71,9 @@ def test_samples_of_one_request_share_its_depth(served, prompt):
 
 @pytest.mark.parametrize("bad", [0, -3, 10_000, "12", True, None, 2.5])
 def test_unusable_exit_layer_runs_full_depth_and_harms_nobody(served, prompt, bad):
-    params = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     outputs = served.llm.generate(
         [{"prompt_token_ids": prompt}] * 2,
-        [SamplingParams(**params, extra_args={"raee_exit_layer": bad}), SamplingParams(**params)],
+        [SamplingParams(**GREEDY, extra_args={"raee_exit_layer": bad}), SamplingParams(**GREEDY)],
         use_tqdm=False,
     )
     smuggled, plain = (list(o.outputs[0].token_ids) for o in outputs)

@@ -182,9 +182,14 @@ def test_labels_of_several_tokens_are_limited_by_choice_and_a_bias_on_their_firs
 
 def test_choices_are_to_begin_with_the_tokens_that_the_table_knows():
     limit = {"structured_outputs": {"choice": [" terrible", "great"]}}
-    assert plan({"prompt": "Fine. It was", **limit}).first_tokens == (10, 111)
-    assert plan({"prompt": "Fine. It was", "allowed_token_ids": [10, 11]}).first_tokens == ()
-    assert plan({"prompt": "x", "structured_outputs": {"choice": ["fine"]}}).first_tokens == ()
+    by_choice = plan({"prompt": "Fine. It was", **limit})
+    assert by_choice.is_choice
+    assert by_choice.label_tokens["sst2"] == ((10,), (111,))
+    assert by_choice.label_tokens["sst5"] == ((10,), (), (), (), (111,))
+    by_ids = plan({"prompt": "Fine. It was", "allowed_token_ids": [10, 11]})
+    assert not by_ids.is_choice
+    assert by_ids.label_tokens["sst2"] == ((10,), (11,))
+    assert plan({"prompt": "x", "structured_outputs": {"choice": ["fine"]}}).label_tokens == {}
 
 
 def test_server_defaults_yield_to_the_request():

@@ -7,18 +7,30 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from raee_serve.errors import RaeeError
+from raee_serve.retrieval import aggregate
 from raee_serve.retrieval.aggregate import (
     MIN_DISTANCE,
     NO_EVIDENCE,
     RULES,
-    decide,
-    exit_layers,
+    exits,
     neighbour_weights,
+    rule_named,
 )
 
 pytestmark = pytest.mark.unit
 
-rules = st.sampled_from(sorted(RULES))
+PLAIN_RULES = ("earliest", "published")
+rules = st.sampled_from(PLAIN_RULES)
+
+
+def exit_layers(rule, evidence, distances, **options):
+    """Of one head: evidence [..., k, num_layers]."""
+    return exits(rule_named(rule), evidence[..., None, :], distances, **options)[0]
+
+
+def decide(rule, evidence, distances, **options):
+    chosen = aggregate.decide(rule_named(rule), evidence[:, None], distances, **options)
+    return None if chosen is None else chosen[0]
 
 
 @st.composite
@@ -103,7 +115,7 @@ def test_published_breaks_ties_to_the_earliest_layer():
 
 def test_weights_decide_between_disagreeing_neighbours():
     evidence = np.array([[0.6, 0, 0], [0, 0, 0.9], [0, 0, 0.9]])
-    for rule in RULES:
+    for rule in PLAIN_RULES:
         assert decide(rule, evidence, np.array([0.1, 0.4, 0.4])) == 1
         assert decide(rule, evidence, np.array([0.1, 0.1, 0.1])) == 3
 
@@ -118,10 +130,23 @@ def test_earliest_takes_the_first_layer_within_the_fraction():
 def test_bad_input_is_named():
     evidence, distances = np.ones((2, 3)), np.ones(2)
     with pytest.raises(RaeeError, match=r"'median'; known rules: published, earliest"):
-        decide("median", evidence, distances)
-    with pytest.raises(RaeeError, match=r"\(2, 3\) does not fit distances \(3,\)"):
+        rule_named("median")
+    with pytest.raises(RaeeError, match=r"\(2, 1, 3\) does not fit distances \(3,\)"):
         decide("earliest", evidence, np.ones(3))
-    with pytest.raises(RaeeError, match=r"\(0, 3\)"):
+    with pytest.raises(RaeeError, match=r"\(0, 1, 3\)"):
         decide("earliest", np.ones((0, 3)), np.ones(0))
     with pytest.raises(RaeeError, match=r"fraction 0 is not within \(0, 1\]"):
         decide("earliest", evidence, distances, fraction=0)
+
+
+def test_a_layer_is_judged_by_its_best_head():
+    # Head 0 alone would exit at layer 3; head 1 reaches nearly as much at layer 2.
+    evidence = np.array([[[0.1, 0.2, 0.9], [0.3, 0.88, 0.1]]] * 2)
+    rule = RULES["calibrated"]
+    assert aggregate.decide(rule, evidence, np.array([0.1, 0.1])) == (2, 1)
+    assert aggregate.decide(rule, evidence, np.array([0.1, 0.1]), fraction=1.0) == (3, 0)
+
+
+def test_of_equal_heads_the_first_is_taken():
+    evidence = np.full((2, 2, 3), 0.5)
+    assert aggregate.decide(RULES["calibrated"], evidence, np.array([0.1, 0.1])) == (1, 0)

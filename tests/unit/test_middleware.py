@@ -3,6 +3,7 @@
 import asyncio
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from raee_serve.engine.settings import EXIT_LAYER_KEY
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.admission import Admission
 from raee_serve.server.depths import PromptDepth, RequestDepths
-from raee_serve.server.engine_client import DepthClient
+from raee_serve.server.engine_client import DepthClient, at_depth
 from raee_serve.server.gate import Gate
 from raee_serve.server.limits import LabelOutputs
 from raee_serve.server.lookup import LookupBatcher
@@ -54,6 +55,7 @@ class Server:
 
     def __init__(self, *, fixed_layer=None, api_key=None):
         self.engine, self.looked_up, self.bodies = FakeEngine(), [], []
+        self.decision = DECISION
         self.registry = CollectorRegistry()
         tasks, labels = ({}, {}) if fixed_layer else ({"sst2": TASK}, {"sst2": LABELS})
         gate = Gate(
@@ -73,7 +75,7 @@ class Server:
 
     def decide(self, lookups):
         self.looked_up += [lookup.key_text for lookup in lookups]
-        return [DECISION for _ in lookups]
+        return [self.decision for _ in lookups]
 
     async def endpoint(self, request):
         raw = await request.body()
@@ -216,6 +218,36 @@ def test_only_a_retrieved_exit_is_steered_to_the_first_tokens_of_its_choices():
     server.post(prompt="a It was", raee={"exit_layer": 5}, **limit)
     server.post(prompt="a It was", **ALLOWED)
     assert [p.logit_bias for p in server.engine.params] == [{8: 100.0, 11: 100.0}, None, None, None]
+
+
+def test_the_head_of_an_exit_biases_the_label_words_as_they_may_be_spelled():
+    server = Server()
+    server.decision = replace(DECISION, label_bias=(1.5, -2.0))
+    server.post(prompt="a It was", **ALLOWED)
+    limit = {"structured_outputs": {"choice": ["terrible", " great"]}}
+    server.post(prompt="a It was", **limit)
+    server.post(prompt="a It was", raee={"exit_layer": 5}, **ALLOWED)
+    assert [p.logit_bias for p in server.engine.params] == [
+        {10: 1.5, 11: -2.0},
+        {8: 100.0, 11: 96.5},
+        None,
+    ]
+
+
+def test_full_depth_has_a_head_too():
+    server = Server()
+    server.decision = ExitDecision(
+        NUM_LAYERS, NUM_LAYERS, Reason.RETRIEVED, "sst2", 0.25, label_bias=(0.5, 0.0)
+    )
+    server.post(prompt="a It was", **ALLOWED)
+    assert server.engine.params[0].logit_bias == {10: 0.5, 11: 0.0}
+
+
+def test_a_clients_own_bias_is_kept():
+    params = SamplingParams(logit_bias={10: 1.0, 5: 2.0})
+    own = at_depth(params, PromptDepth(5, token_bias=((10, 1.5), (11, -1.0))))
+    assert own.logit_bias == {10: 2.5, 5: 2.0, 11: -1.0}
+    assert params.logit_bias == {10: 1.0, 5: 2.0}
 
 
 def test_the_rest_of_the_engine_is_the_engines():

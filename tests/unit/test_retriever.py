@@ -12,6 +12,7 @@ from raee_serve.errors import BindingError, CheckpointError, RaeeError, TableErr
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import Reason
 from raee_serve.retrieval import retriever as retriever_module
+from raee_serve.retrieval.aggregate import RuleSettings
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.table.prompts import CompletionPrompt
@@ -116,6 +117,30 @@ def test_k_and_rule_come_with_each_lookup(retriever):
     assert all(d.reason == Reason.RETRIEVED for d in retriever.decide(lookups))
 
 
+def test_plain_rules_bias_no_label(retriever):
+    for rule in ("earliest", "published"):
+        (decision,) = retriever.decide([sst2(PRAISE[0], rule=rule)])
+        assert decision.label_bias == ()
+
+
+def test_fused_exits_favour_the_label_of_the_nearest(uri):
+    """Labels alternate among the rows; every label is as frequent as the other."""
+    heavy = RuleSettings(vote_weight=50.0)
+    retriever = ExitRetriever.open(uri, backbone=BACKBONE, settings=heavy)
+    for row, text in enumerate(PRAISE):
+        (decision,) = retriever.decide([sst2(text, rule="fused")])
+        assert decision.reason == Reason.RETRIEVED
+        assert np.argmax(decision.label_bias) == row % 2
+
+
+def test_label_rules_are_the_default_for_label_words(retriever):
+    fused, default = (
+        retriever.decide([sst2(PRAISE[0], **options)])[0] for options in ({"rule": "fused"}, {})
+    )
+    assert dataclasses.replace(default, lookup_ms=0) == dataclasses.replace(fused, lookup_ms=0)
+    assert default.label_bias
+
+
 def test_far_prompts_run_at_full_depth(retriever):
     (decision,) = retriever.decide([sst2("quantum chromodynamics on a lattice of spins")])
     assert (decision.exit_layer, decision.reason) == (4, Reason.FAR)
@@ -138,7 +163,10 @@ def test_no_evidence_runs_at_full_depth(retriever):
 
 def test_several_candidates_are_searched_together(retriever):
     both = ("sst2", "cr")
-    hotel, film = retriever.decide([Lookup(both, HOTELS[1], k=1), Lookup(both, PRAISE[1], k=1)])
+    options = {"k": 1, "rule": "earliest"}
+    hotel, film = retriever.decide(
+        [Lookup(both, HOTELS[1], **options), Lookup(both, PRAISE[1], **options)]
+    )
     assert (hotel.task, hotel.exit_layer) == ("cr", HOTEL_LAYER)
     assert (film.task, film.exit_layer) == ("sst2", PRAISE_LAYER)
     wide = Lookup(both, PRAISE[1])
@@ -169,7 +197,7 @@ def test_a_batch_decides_in_order_as_its_prompts_alone(retriever):
     [
         (sst2("x", k=0), "k = 0 is not allowed, it must be at least 1"),
         (sst2("x", k=-3), "k = -3"),
-        (sst2("x", rule="median"), "'median'; known rules: published, earliest"),
+        (sst2("x", rule="median"), "'median'; known rules: published, earliest, calibrated, fused"),
         (Lookup(("trec",), "x"), r"'trec'.*sst2, cr, mpqa"),
         (Lookup((), "x"), "one or more"),
     ],
