@@ -28,6 +28,11 @@ COMMANDS = (
     Command("build", "raee_serve.table.build_command", "build an exit table for a backbone"),
     Command("table info", "raee_serve.table.info_command", "show what an exit table holds"),
     Command(
+        "calibrate",
+        "raee_serve.retrieval.calibrate_command",
+        "choose a task's rule and settings from the table's own rows",
+    ),
+    Command(
         "serve",
         "raee_serve.server.launch",
         "serve a backbone with retrieved exit layers (takes any flag of `vllm serve`)",

@@ -55,17 +55,6 @@ class Rule:
     choose: Callable[[Array, float], NDArray[np.int64]]
 
 
-@dataclass(frozen=True, slots=True)
-class RuleSettings:
-    """fraction: within (0, 1]; vote_weight: above 0. See the defaults."""
-
-    fraction: float = DEFAULT_FRACTION
-    vote_weight: float = DEFAULT_VOTE_WEIGHT
-
-
-DEFAULT_SETTINGS = RuleSettings()
-
-
 def rule_named(name: str) -> Rule:
     """Raises RaeeError for an unknown one."""
     if name not in RULES:

@@ -14,10 +14,10 @@ from raee_serve.errors import RaeeError, TableError
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.aggregate import (
+    DEFAULT_FRACTION,
     DEFAULT_FREE_TEXT_RULE,
     DEFAULT_LABEL_RULE,
-    DEFAULT_SETTINGS,
-    RuleSettings,
+    DEFAULT_VOTE_WEIGHT,
     decide,
     rule_named,
 )
@@ -29,8 +29,9 @@ from raee_serve.retrieval.heads import (
     leave_one_out_log_votes,
     log_votes,
 )
+from raee_serve.retrieval.vector_cache import VectorCache
 from raee_serve.table.evidence import evidence_of, label_evidence
-from raee_serve.table.schema import TableMetadata, TaskEntry, TaskRows
+from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS
@@ -71,6 +72,7 @@ class TaskIndex:
         the first hold nothing.
     labels: [n] int32, gold label of each row; 0 for free text.
     distance_bound: cosine distance beyond which the nearest row says nothing.
+    choice: how exits are chosen unless a look-up says otherwise.
     calibration: None for free text.
     """
 
@@ -78,6 +80,7 @@ class TaskIndex:
     evidence: NDArray[np.float32]
     labels: NDArray[np.int32]
     distance_bound: float
+    choice: RuleChoice
     calibration: Calibration | None
 
 
@@ -89,13 +92,12 @@ class ExitRetriever:
         encoder: Encoder,
         metadata: TableMetadata,
         indexes: Mapping[str, TaskIndex],
-        settings: RuleSettings,
     ) -> None:
-        self._encoder = encoder
-        self._settings = settings
+        self._encoder = VectorCache(encoder)
         self._vectors = np.concatenate([index.vectors for index in indexes.values()])
         self._evidence = np.concatenate([index.evidence for index in indexes.values()])
         self._labels = np.concatenate([index.labels for index in indexes.values()])
+        self.choices = {name: index.choice for name, index in indexes.items()}
         self._calibrations = [index.calibration for index in indexes.values()]
         self._names = tuple(indexes)
         self._bounds = [index.distance_bound for index in indexes.values()]
@@ -121,12 +123,14 @@ class ExitRetriever:
         backbone: BackboneIdentity,
         encoder: str | None = None,
         max_distance: float | None = None,
-        settings: RuleSettings = DEFAULT_SETTINGS,
+        fraction: float | None = None,
+        vote_weight: float | None = None,
     ) -> ExitRetriever:
         """Loads a table and its encoder (`encoder` overrides where that is found).
 
         max_distance: cosine distance beyond which a nearest row is too far, for all tasks; by
         default each task has its own bound, see BOUND_QUANTILE.
+        fraction, vote_weight: for all tasks; by default what `calibrate` stored, or the defaults.
         Raises TableError if the table is missing, corrupt or empty, BindingError if it belongs to
         another backbone, encoder or prompt template, CheckpointError if the encoder is missing.
         """
@@ -142,13 +146,13 @@ class ExitRetriever:
         model = Encoder(encoder or metadata.encoder.name)
         metadata.check_encoder(model.identity(), uri)
         indexes = {
-            name: _load_index(table, name, max_distance, settings.vote_weight)
+            name: _load_index(table, name, max_distance, fraction, vote_weight)
             for name in metadata.tasks
         }
         filled = {name: index for name, index in indexes.items() if len(index.vectors)}
         if not filled:
             raise TableError(f"exit table {uri} holds no rows; build it first")
-        return cls(model, metadata, filled, settings)
+        return cls(model, metadata, filled)
 
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
@@ -194,43 +198,43 @@ class ExitRetriever:
         self, lookup: Lookup, rows: NDArray[np.int64], distances: NDArray[np.float32]
     ) -> ExitDecision:
         """rows, distances: [R], see `_distances`."""
-        is_free_text = self._calibrations[self._owner[rows[0]]] is None
-        default = DEFAULT_FREE_TEXT_RULE if is_free_text else DEFAULT_LABEL_RULE
-        rule = rule_named(lookup.rule or default)
-        heads: tuple[Head, ...] = ("plain",) if is_free_text else rule.heads
-        nearest = _smallest(distances, lookup.k or rule.k)
+        owner = self._owner[rows[distances.argmin()]]
+        choice = _choice_for(lookup, self.choices[self._names[owner]])
+        rule = rule_named(choice.rule)
+        heads: tuple[Head, ...] = rule.heads if self._calibrations[owner] else ("plain",)
+        nearest = _smallest(distances, choice.k)
         distance = float(distances[nearest[0]])
-        owner = self._owner[rows[nearest[0]]]
         found = {"task": self._names[owner], "distance": distance}
         if distance > self._bounds[owner]:
             return ExitDecision.full(self.num_layers, Reason.FAR, **found)
         evidence = self._evidence[rows[nearest]][:, [HEADS.index(head) for head in heads]]
-        fraction = self._settings.fraction
-        chosen = decide(rule, evidence, distances[nearest], fraction=fraction)
+        chosen = decide(rule, evidence, distances[nearest], fraction=choice.fraction)
         if chosen is None:
             return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **found)
         layer, head = chosen[0], heads[chosen[1]]
-        bias = self._label_bias(head, layer, rows, nearest, distances)
+        bias = self._label_bias(head, layer, owner, rows[nearest], distances[nearest], rows)
         return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **found, label_bias=bias)
 
     def _label_bias(
         self,
         head: Head,
         layer: int,
-        rows: NDArray[np.int64],
+        owner: int,
         nearest: NDArray[np.int64],
         distances: NDArray[np.float32],
+        searched: NDArray[np.int64],
     ) -> tuple[float, ...]:
-        """What `head` adds to the label words' logits, calibrated as the nearest row's task is."""
-        if head == "plain":
+        """What `head` adds to the label words' logits, calibrated as the nearest row's task is.
+
+        nearest, distances: [k] rows and their distances; searched: all rows they are nearest of.
+        """
+        calibration = self._calibrations[owner]
+        if head == "plain" or calibration is None:
             return ()
-        calibration = self._calibrations[self._owner[rows[nearest[0]]]]
-        assert calibration is not None
-        counts = label_counts(self._labels[rows], calibration.bias.shape[1])
-        similarities = 1 - distances[nearest].astype(np.float64)
-        votes = log_votes(similarities, self._labels[rows[nearest]], counts)
-        bias = calibration.label_bias(head, layer, votes, self._settings.vote_weight)
-        return tuple(bias.tolist())
+        counts = label_counts(self._labels[searched], calibration.bias.shape[1])
+        votes = log_votes(1 - distances.astype(np.float64), self._labels[nearest], counts)
+        weight = self.choices[self._names[owner]].vote_weight
+        return tuple(calibration.label_bias(head, layer, votes, weight).tolist())
 
 
 def _by_candidates(lookups: Sequence[Lookup]) -> dict[tuple[str, ...], list[int]]:
@@ -248,10 +252,27 @@ def _smallest(distances: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     return within[np.argsort(distances[within], kind="stable")]
 
 
+def _choice_for(lookup: Lookup, stored: RuleChoice) -> RuleChoice:
+    """The task's choice with what the look-up asks for; another rule brings its own k."""
+    rule = lookup.rule or stored.rule
+    k = stored.k if rule == stored.rule else rule_named(rule).k
+    return replace(stored, rule=rule, k=lookup.k or k)
+
+
 def _load_index(
-    table: ExitTable, name: str, max_distance: float | None, vote_weight: float
+    table: ExitTable,
+    name: str,
+    max_distance: float | None,
+    fraction: float | None,
+    vote_weight: float | None,
 ) -> TaskIndex:
     rows, entry = table.rows(name), table.metadata.tasks[name]
+    choice = table.metadata.choices.get(name) or _default_choice(entry)
+    choice = replace(
+        choice,
+        fraction=choice.fraction if fraction is None else fraction,
+        vote_weight=choice.vote_weight if vote_weight is None else vote_weight,
+    )
     plain = evidence_of(rows, entry, table.metadata.backbone.num_layers)
     evidence = np.zeros((len(rows), len(HEADS), plain.shape[1]), np.float32)
     evidence[:, 0] = plain
@@ -259,9 +280,14 @@ def _load_index(
     if entry.kind == "labels" and len(rows):
         assert rows.label_logprobs is not None and rows.golds is not None
         labels, calibration = rows.golds, Calibration.of(rows.label_logprobs)
-        evidence[:, 1:] = _other_heads(rows, entry, calibration, vote_weight)
+        evidence[:, 1:] = _other_heads(rows, entry, calibration, choice.vote_weight)
     bound = _distance_bound(rows.vectors) if max_distance is None else max_distance
-    return TaskIndex(rows.vectors, evidence, labels, bound, calibration)
+    return TaskIndex(rows.vectors, evidence, labels, bound, choice, calibration)
+
+
+def _default_choice(entry: TaskEntry) -> RuleChoice:
+    rule = DEFAULT_LABEL_RULE if entry.kind == "labels" else DEFAULT_FREE_TEXT_RULE
+    return RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
 
 
 def _other_heads(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raee_serve.retrieval.aggregate import DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT
 from raee_serve.server.settings import DepthSettings
 
 if TYPE_CHECKING:
@@ -37,18 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fraction",
         type=float,
-        default=DEFAULT_FRACTION,
         metavar="F",
         help="take the earliest layer whose score is at least F of the best layer's "
-        "(default: %(default)s)",
+        "(default: as calibrated, else 0.95)",
     )
     parser.add_argument(
         "--vote-weight",
         type=float,
-        default=DEFAULT_VOTE_WEIGHT,
         metavar="W",
         help="weight of the neighbours' labels beside the model's own answer in fused exits "
-        "(default: %(default)s)",
+        "(default: as calibrated, else 2)",
     )
     parser.add_argument(
         "--max-distance",

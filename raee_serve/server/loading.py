@@ -9,7 +9,6 @@ from typing import Any
 
 from raee_serve.errors import RaeeError
 from raee_serve.fingerprint import BackboneIdentity
-from raee_serve.retrieval.aggregate import DEFAULT_FREE_TEXT_RULE, DEFAULT_LABEL_RULE
 from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.server.admission import Admission
 from raee_serve.server.gate import Gate
@@ -74,7 +73,8 @@ def _retrieved(
         backbone=backbone,
         encoder=settings.encoder,
         max_distance=settings.max_distance,
-        settings=settings.rule_settings,
+        fraction=settings.fraction,
+        vote_weight=settings.vote_weight,
     )
     labels = {
         name: LabelOutputs.of(task, retriever.label_token_ids[name], tokenizer)
@@ -94,12 +94,11 @@ def _retrieved(
         num_layers=retriever.num_layers,
         timeout_s=settings.lookup_timeout_ms / 1000,
     )
-    rule = settings.rule or f"{DEFAULT_LABEL_RULE} (free text: {DEFAULT_FREE_TEXT_RULE})"
-    k = settings.k or "as the rule has it"
+    rules = (f"{name} {settings.rule or c.rule}" for name, c in retriever.choices.items())
     print(
-        f"raee-serve: exit table {settings.table}: {retriever.num_rows:,} rows, "
-        f"tasks {', '.join(retriever.tasks)}\n"
-        f"raee-serve: look-ups: rule {rule}, k {k}, time-out {settings.lookup_timeout_ms:g} ms",
+        f"raee-serve: exit table {settings.table}: {retriever.num_rows:,} rows\n"
+        f"raee-serve: tasks and their rules: {', '.join(rules)}\n"
+        f"raee-serve: look-ups: time-out {settings.lookup_timeout_ms:g} ms",
         flush=True,
     )
     return admission, lookups

@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raee_serve.errors import RaeeError
-from raee_serve.retrieval.aggregate import (
-    DEFAULT_FRACTION,
-    DEFAULT_VOTE_WEIGHT,
-    RULES,
-    RuleSettings,
-)
+from raee_serve.retrieval.aggregate import RULES
 from raee_serve.server.options import MAX_K
 
 
@@ -20,8 +15,7 @@ class DepthSettings:
 
     table: URI of the exit table; None with `exit_layer`.
     exit_layer: a number of layers or "full", as typed; None with `table`.
-    k, rule, encoder, max_distance: None leaves them to the table.
-    fraction, vote_weight: see `RuleSettings`.
+    k, rule, fraction, vote_weight, encoder, max_distance: None leaves them to the table.
     """
 
     table: str | None = None
@@ -31,8 +25,8 @@ class DepthSettings:
     rule: str | None = None
     max_distance: float | None = None
     lookup_timeout_ms: float = 250.0
-    fraction: float = DEFAULT_FRACTION
-    vote_weight: float = DEFAULT_VOTE_WEIGHT
+    fraction: float | None = None
+    vote_weight: float | None = None
 
     def __post_init__(self) -> None:
         if (self.table is None) == (self.exit_layer is None):
@@ -50,13 +44,9 @@ class DepthSettings:
             raise RaeeError(
                 f"--max-distance is {self.max_distance}; allowed: 0..2, as cosine distances are"
             )
-        if not 0 < self.fraction <= 1:
+        if self.fraction is not None and not 0 < self.fraction <= 1:
             raise RaeeError(f"--fraction is {self.fraction}; allowed: above 0, at most 1")
-        if not 0 < self.vote_weight < float("inf"):
+        if self.vote_weight is not None and not 0 < self.vote_weight < float("inf"):
             raise RaeeError(f"--vote-weight is {self.vote_weight}; allowed: more than 0")
         if self.k is not None and not 1 <= self.k <= MAX_K:
             raise RaeeError(f"--k is {self.k}; allowed: 1..{MAX_K}")
-
-    @property
-    def rule_settings(self) -> RuleSettings:
-        return RuleSettings(self.fraction, self.vote_weight)

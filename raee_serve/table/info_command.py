@@ -35,6 +35,8 @@ def _describe_task(table: ExitTable, entry: TaskEntry) -> Iterator[str]:
     rows = table.rows(entry.name)
     answers = ", ".join(entry.label_words) or "free text"
     yield f"{entry.name}: {len(rows)} rows, template {entry.version}, {answers}"
+    if choice := table.metadata.choices.get(entry.name):
+        yield f"  calibrated: {choice}"
     if len(rows):
         evidence = evidence_of(rows, entry, table.metadata.backbone.num_layers)
         right = (evidence > 0).mean(axis=0)

@@ -105,12 +105,26 @@ class TaskEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleChoice:
+    """How exits of a task are chosen; see `retrieval.aggregate`. vote_weight: of fused exits."""
+
+    rule: str
+    k: int
+    fraction: float
+    vote_weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class TableMetadata:
-    """The binding of a table: one backbone, one encoder, a template version per task."""
+    """The binding of a table: one backbone, one encoder, a template version per task.
+
+    choices: what `raee-serve calibrate` stored, by task.
+    """
 
     backbone: BackboneIdentity
     encoder: EncoderIdentity
     tasks: Mapping[str, TaskEntry] = field(default_factory=dict)
+    choices: Mapping[str, RuleChoice] = field(default_factory=dict)
     metric: str = METRIC
     format: int = FORMAT
 
@@ -125,6 +139,11 @@ class TableMetadata:
                 f"task {entry.name} is in this table as {known}, which differs from {entry}"
             )
         return replace(self, tasks={**self.tasks, entry.name: entry})
+
+    def with_choice(self, task: str, choice: RuleChoice) -> TableMetadata:
+        """A copy that holds `choice` for one of its tasks."""
+        assert task in self.tasks, f"{task} is not in {list(self.tasks)}"
+        return replace(self, choices={**self.choices, task: choice})
 
     def check_backbone(self, backbone: BackboneIdentity, where: str) -> None:
         """Raises BindingError naming both backbones unless they are the same."""
@@ -167,6 +186,7 @@ class TableMetadata:
                 backbone=BackboneIdentity(**raw["backbone"]),
                 encoder=EncoderIdentity(**raw["encoder"]),
                 tasks={name: _task_entry(entry) for name, entry in raw["tasks"].items()},
+                choices={n: RuleChoice(**choice) for n, choice in raw.get("choices", {}).items()},
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
             raise TableError(f"metadata cannot be read ({type(e).__name__}: {e})") from e

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError, TableError
-from raee_serve.table.schema import TableMetadata, TaskEntry, TaskRows, row_schema
+from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows, row_schema
 
 EXITS, METADATA = "exits", "metadata"
 METADATA_SCHEMA = pa.schema([("key", pa.string()), ("json", pa.string())])
@@ -76,10 +76,11 @@ class ExitTable:
 
     def put_task(self, entry: TaskEntry) -> None:
         """Records a task; BindingError if its rows here were built otherwise."""
-        self.metadata = self.metadata.with_task(entry)
-        with _naming(self.uri, "cannot write its metadata"):
-            update = self._metadata.merge_insert("key").when_matched_update_all()
-            update.execute(_metadata_row(self.metadata))
+        self._put_metadata(self.metadata.with_task(entry))
+
+    def put_choice(self, task: str, choice: RuleChoice) -> None:
+        """Records how exits of one of its tasks are to be chosen."""
+        self._put_metadata(self.metadata.with_choice(task, choice))
 
     def add(self, task: str, rows: TaskRows) -> None:
         """Appends rows whose id is new, in one atomic commit; others are left as they are."""
@@ -107,6 +108,12 @@ class ExitTable:
         entry = self.metadata.tasks[task]
         with _naming(self.uri, f"rows of task {task}"):
             return _from_arrow(self._select(task, None), entry, self.metadata)
+
+    def _put_metadata(self, metadata: TableMetadata) -> None:
+        self.metadata = metadata
+        with _naming(self.uri, "cannot write its metadata"):
+            update = self._metadata.merge_insert("key").when_matched_update_all()
+            update.execute(_metadata_row(metadata))
 
     def _select(self, task: str, columns: list[str] | None) -> pa.Table:
         # Task names come from the registry and hold no quotes.

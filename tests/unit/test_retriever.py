@@ -12,10 +12,10 @@ from raee_serve.errors import BindingError, CheckpointError, RaeeError, TableErr
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import Reason
 from raee_serve.retrieval import retriever as retriever_module
-from raee_serve.retrieval.aggregate import RuleSettings
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.table.prompts import CompletionPrompt
+from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
 from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata
@@ -125,8 +125,7 @@ def test_plain_rules_bias_no_label(retriever):
 
 def test_fused_exits_favour_the_label_of_the_nearest(uri):
     """Labels alternate among the rows; every label is as frequent as the other."""
-    heavy = RuleSettings(vote_weight=50.0)
-    retriever = ExitRetriever.open(uri, backbone=BACKBONE, settings=heavy)
+    retriever = ExitRetriever.open(uri, backbone=BACKBONE, vote_weight=50.0)
     for row, text in enumerate(PRAISE):
         (decision,) = retriever.decide([sst2(text, rule="fused")])
         assert decision.reason == Reason.RETRIEVED
@@ -139,6 +138,19 @@ def test_label_rules_are_the_default_for_label_words(retriever):
     )
     assert dataclasses.replace(default, lookup_ms=0) == dataclasses.replace(fused, lookup_ms=0)
     assert default.label_bias
+
+
+def test_a_stored_choice_holds_unless_told_otherwise(uri, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(uri, copy)
+    ExitTable.open(str(copy)).put_choice("sst2", RuleChoice("earliest", 3, 0.8, 1.0))
+    stored = ExitRetriever.open(str(copy), backbone=BACKBONE)
+    assert stored.choices["sst2"] == RuleChoice("earliest", 3, 0.8, 1.0)
+    assert stored.choices["cr"].rule == "fused"
+    assert stored.decide([sst2(PRAISE[0])])[0].label_bias == ()
+    assert stored.decide([sst2(PRAISE[0], rule="fused")])[0].label_bias
+    told = ExitRetriever.open(str(copy), backbone=BACKBONE, fraction=0.5)
+    assert told.choices["sst2"] == RuleChoice("earliest", 3, 0.5, 1.0)
 
 
 def test_far_prompts_run_at_full_depth(retriever):

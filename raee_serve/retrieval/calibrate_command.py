@@ -1,0 +1,167 @@
+"""`raee-serve calibrate`: choose a task's rule and settings from the table's own rows."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from raee_serve.errors import RaeeError, TaskError
+from raee_serve.retrieval.leave_one_out import LeaveOneOut, Outcome, frontier
+from raee_serve.table.schema import RuleChoice
+from raee_serve.table.store import ExitTable
+
+VOTE_K = 32
+"""Neighbours of the label vote that is printed beside the rules."""
+
+DESCRIPTION = """Ask every row of a task as if the table did not hold it, under every rule and many
+settings; print the accuracy-depth frontier, and store the settings that fit the budget in the
+table, for servers that are started with it and not told otherwise. No test data is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """accuracy: at least `bound`, as shallow as can be; depth: at most `bound`, as accurate."""
+
+    measure: Literal["accuracy", "depth"]
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`accuracy>=X` or `depth<=Y`, both within 0..1. Raises RaeeError."""
+        found = re.fullmatch(r"\s*(accuracy\s*>=|depth\s*<=)\s*([0-9.]+)\s*", text)
+        try:
+            bound = float(found[2]) if found else -1.0
+        except ValueError:
+            bound = -1.0
+        if found is None or not 0 <= bound <= 1:
+            raise RaeeError(
+                f"--budget is {text!r}; allowed: 'accuracy>=X' or 'depth<=Y' with X and Y within "
+                "0..1 (depth as a share of full depth)"
+            )
+        return cls("accuracy" if found[1].startswith("accuracy") else "depth", bound)
+
+    def choose(self, outcomes: Sequence[Outcome]) -> Outcome:
+        """The best outcome within the budget. Raises RaeeError that says what can be had."""
+        if self.measure == "accuracy":
+            within = [o for o in outcomes if o.accuracy >= self.bound]
+            nearest = max(outcomes, key=lambda o: o.accuracy)
+        else:
+            within = [o for o in outcomes if o.depth <= self.bound]
+            nearest = min(outcomes, key=lambda o: o.depth)
+        if not within:
+            raise RaeeError(
+                f"no setting has {self}; nearest: accuracy {nearest.accuracy:.3f} at depth "
+                f"{nearest.depth:.3f} ({describe(nearest.choice)})"
+            )
+        if self.measure == "accuracy":
+            return min(within, key=lambda o: (o.depth, -o.accuracy))
+        return max(within, key=lambda o: (o.accuracy, -o.depth))
+
+    def __str__(self) -> str:
+        return f"{self.measure} {'>=' if self.measure == 'accuracy' else '<='} {self.bound:g}"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("--table", required=True, metavar="DIR")
+    parser.add_argument("--task", required=True, action="append", help="repeat for several")
+    parser.add_argument(
+        "--budget", required=True, help="'accuracy>=X', or 'depth<=Y' as a share of full depth"
+    )
+    parser.add_argument("--png", metavar="FILE", type=Path, help="draw the frontier of one task")
+
+
+def run(args: Namespace) -> None:
+    """Calibrate each task. Raises RaeeError for what cannot be, before anything is stored."""
+    budget = Budget.parse(args.budget)
+    if args.png is not None and len(args.task) > 1:
+        raise RaeeError(f"--png draws one task, but {len(args.task)} are given")
+    table = ExitTable.open(args.table)
+    chosen = {name: _calibrate(table, name, budget, args.png) for name in args.task}
+    for name, choice in chosen.items():
+        table.put_choice(name, choice)
+        print(f"raee-serve: {name}: stored {describe(choice)} in {args.table}")
+
+
+def describe(choice: RuleChoice) -> str:
+    text = f"{choice.rule}, k {choice.k}"
+    if choice.rule != "published":
+        text += f", fraction {choice.fraction:g}"
+    return text + (f", vote weight {choice.vote_weight:g}" if choice.rule == "fused" else "")
+
+
+def _calibrate(table: ExitTable, name: str, budget: Budget, png: Path | None) -> RuleChoice:
+    rows = _label_rows(table, name)
+    progress = tqdm(rows.every_outcome(), desc=f"calibrating {name}", unit=" settings")
+    outcomes = list(progress)
+    best = frontier(outcomes)
+    print(f"{name}: {rows.num_rows} rows, each left out in turn")
+    print(f"  {'depth':>6} {'accuracy':>9}")
+    for depth, accuracy, what in [*_baselines(rows), *map(_line, best)]:
+        print(f"  {depth:6.3f} {accuracy:9.3f}  {what}")
+    chosen = budget.choose(outcomes)
+    print(f"  chosen for {budget}: accuracy {chosen.accuracy:.3f} at depth {chosen.depth:.3f}")
+    if png is not None:
+        _draw(name, rows, best, chosen, png)
+    return chosen.choice
+
+
+def _baselines(rows: LeaveOneOut) -> list[tuple[float, float, str]]:
+    """(depth, accuracy, name) of what needs no exit decision."""
+    layer, accuracy = rows.best_layer()
+    return [
+        (1.0, rows.full_depth(), "full depth"),
+        (layer / rows.num_layers, accuracy, f"best fixed layer ({layer}), calibrated"),
+        (0.0, rows.label_vote(VOTE_K), f"label vote of {VOTE_K} neighbours, no model"),
+    ]
+
+
+def _line(outcome: Outcome) -> tuple[float, float, str]:
+    return outcome.depth, outcome.accuracy, describe(outcome.choice)
+
+
+def _label_rows(table: ExitTable, name: str) -> LeaveOneOut:
+    entry = table.metadata.tasks.get(name)
+    if entry is None or entry.kind != "labels":
+        known = [e.name for e in table.metadata.tasks.values() if e.kind == "labels"]
+        raise TaskError(
+            f"task {name!r} is not a label-word task of {table.uri}; those are: {', '.join(known)}"
+        )
+    rows = table.rows(name)
+    if len(rows) < 2:
+        raise TaskError(f"task {name} has {len(rows)} rows in {table.uri}; at least 2 are needed")
+    assert rows.golds is not None and rows.label_logprobs is not None
+    return LeaveOneOut(rows.vectors, rows.golds, rows.label_logprobs)
+
+
+def _draw(
+    name: str, rows: LeaveOneOut, best: Sequence[Outcome], chosen: Outcome, target: Path
+) -> None:
+    """The frontier, the choice, and what needs no retrieval beside them."""
+    pyplot: Any = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150)
+    axes.step([o.depth for o in best], [o.accuracy for o in best], where="post", label="frontier")
+    axes.plot([chosen.depth], [chosen.accuracy], "o", label=f"chosen: {describe(chosen.choice)}")
+    for (depth, accuracy, what), marker in zip(_baselines(rows), "s^x", strict=True):
+        axes.plot([depth], [accuracy], marker, label=what)
+    axes.set(xlabel="mean depth / full depth", ylabel="leave-one-out accuracy", title=name)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(target)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise RaeeError("--png needs matplotlib: install raee-serve[plot]") from e
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,153 @@
+"""How a rule would do on a table's own rows, each asked as if the table did not hold it.
+
+Nothing but table rows is used, so settings chosen by it may be tested on anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, Rule, exits
+from raee_serve.retrieval.heads import (
+    BLOCK,
+    Calibration,
+    Head,
+    label_counts,
+    leave_one_out_log_votes,
+    log_votes,
+    nearest_others,
+)
+from raee_serve.table.evidence import label_evidence
+from raee_serve.table.schema import RuleChoice
+
+Array = NDArray[np.float64]
+
+MAX_NEIGHBOURS = 48
+FRACTIONS = (1.0, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7)
+NEIGHBOURS = {
+    "published": (8, 12, 24),
+    "earliest": (8, 12, 24),
+    "calibrated": (12, 24, 48),
+    "fused": (16, 32, 48),
+}
+VOTE_WEIGHTS = (0.5, 1.0, 2.0, 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """accuracy: share of the rows answered correctly; depth: mean exit layer / num_layers."""
+
+    choice: RuleChoice
+    accuracy: float
+    depth: float
+
+
+class LeaveOneOut:
+    """The rows of one label-word task.
+
+    vectors: [n, dimension] float32, L2-normalised, n at least 2; golds: [n] label indices;
+    label_logprobs: [n, num_layers, num_labels].
+    """
+
+    def __init__(
+        self,
+        vectors: NDArray[np.float32],
+        golds: NDArray[np.int32],
+        label_logprobs: NDArray[np.float32],
+    ) -> None:
+        self._vectors, self._golds, self._logprobs = vectors, golds, label_logprobs
+        self.num_rows, self.num_layers, self._num_labels = label_logprobs.shape
+        self._calibration = Calibration.of(label_logprobs)
+        self._calibrated = self._calibration.scores(label_logprobs)
+        self._counts = label_counts(golds, self._num_labels)
+        found = list(nearest_others(vectors, min(MAX_NEIGHBOURS, self.num_rows - 1)))
+        nearest = np.concatenate([rows for rows, _ in found])
+        similarities = np.concatenate([values for _, values in found]).astype(np.float64)
+        order = np.argsort(-similarities, axis=1, kind="stable")
+        self._nearest = np.take_along_axis(nearest, order, axis=1)
+        self._similarities = np.take_along_axis(similarities, order, axis=1)
+
+    def outcomes(
+        self, rule: str, k: int, vote_weight: float, fractions: Sequence[float]
+    ) -> Iterator[Outcome]:
+        """One outcome for each fraction."""
+        heads = RULES[rule].heads
+        evidence = np.stack(
+            [label_evidence(self._row_scores(head, vote_weight), self._golds) for head in heads], 1
+        )
+        right = np.stack([self._right(head, k, vote_weight) for head in heads], axis=1)
+        for fraction in fractions:
+            layers, chosen = self._exits(RULES[rule], evidence, k, fraction)
+            correct = right[np.arange(self.num_rows), chosen, layers - 1]
+            choice = RuleChoice(rule, k, fraction, vote_weight)
+            yield Outcome(choice, float(correct.mean()), float(layers.mean() / self.num_layers))
+
+    def every_outcome(self) -> Iterator[Outcome]:
+        """Of all rules, with the settings that this module lists."""
+        for rule, neighbours in NEIGHBOURS.items():
+            weights = VOTE_WEIGHTS if "fused" in RULES[rule].heads else VOTE_WEIGHTS[1:2]
+            fractions = FRACTIONS if rule != "published" else FRACTIONS[:1]
+            for k in sorted({min(k, self.num_rows - 1) for k in neighbours}):
+                for weight in weights:
+                    yield from self.outcomes(rule, k, weight, fractions)
+
+    def full_depth(self) -> float:
+        """Accuracy of the last layer as it is."""
+        return float((self._logprobs[:, -1].argmax(axis=1) == self._golds).mean())
+
+    def best_layer(self) -> tuple[int, float]:
+        """The best fixed layer (1..num_layers), calibrated, and its accuracy."""
+        right = (self._calibrated.argmax(axis=2) == self._golds[:, None]).mean(axis=0)
+        return int(right.argmax()) + 1, float(right.max())
+
+    def label_vote(self, k: int) -> float:
+        """Accuracy of the neighbours' vote alone, without any model."""
+        return float((self._votes(k).argmax(axis=1) == self._golds).mean())
+
+    def _exits(
+        self, rule: Rule, evidence: NDArray[np.float32], k: int, fraction: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[n] layers (full depth without evidence), [n] heads; block by block to bound memory."""
+        layers, heads = [], []
+        for start in range(0, self.num_rows, BLOCK):
+            near = self._nearest[start : start + BLOCK, :k]
+            distances = 1 - self._similarities[start : start + BLOCK, :k]
+            layer, head = exits(rule, evidence[near], distances, fraction=fraction)
+            layers.append(np.where(layer == NO_EVIDENCE, self.num_layers, layer))
+            heads.append(head)
+        return np.concatenate(layers), np.concatenate(heads)
+
+    def _row_scores(self, head: Head, vote_weight: float) -> Array:
+        """[n, num_layers, num_labels], with the votes that exit information is computed with."""
+        votes = leave_one_out_log_votes(self._vectors, self._golds, self._num_labels)
+        return self._scores(head, votes, vote_weight)
+
+    def _right(self, head: Head, k: int, vote_weight: float) -> NDArray[np.bool_]:
+        """[n, num_layers]: whether the row, asked with k neighbours, is answered correctly."""
+        scores = self._scores(head, self._votes(k), vote_weight)
+        return scores.argmax(axis=2) == self._golds[:, None]
+
+    def _scores(self, head: Head, log_vote: Array, vote_weight: float) -> Array:
+        if head == "plain":
+            return self._logprobs.astype(np.float64)
+        if head == "calibrated":
+            return self._calibrated
+        scaled = self._calibrated / self._calibration.spread[:, None]
+        return scaled + vote_weight * log_vote[:, None]
+
+    def _votes(self, k: int) -> Array:
+        """[n, num_labels]: what each row's k nearest other rows vote."""
+        return log_votes(self._similarities[:, :k], self._golds[self._nearest[:, :k]], self._counts)
+
+
+def frontier(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes that no other beats in both accuracy and depth, shallowest first."""
+    best: list[Outcome] = []
+    for outcome in sorted(outcomes, key=lambda o: (o.depth, -o.accuracy)):
+        if not best or outcome.accuracy > best[-1].accuracy:
+            best.append(outcome)
+    return best
