@@ -98,8 +98,7 @@ def describe(choice: RuleChoice) -> str:
 
 def _calibrate(table: ExitTable, name: str, budget: Budget, png: Path | None) -> RuleChoice:
     rows = _label_rows(table, name)
-    progress = tqdm(rows.every_outcome(), desc=f"calibrating {name}", unit=" settings")
-    outcomes = list(progress)
+    outcomes = list(tqdm(rows.every_outcome(), desc=f"calibrating {name}", unit=" settings"))
     best = frontier(outcomes)
     print(f"{name}: {rows.num_rows} rows, each left out in turn")
     print(f"  {'depth':>6} {'accuracy':>9}")
