@@ -24,7 +24,7 @@ PROMPT = "The capital of France is"
         ({"task": "sst9"}, "raee.task", "demo_chat_sentiment, demo_sentiment"),
         ({"k": 0}, "raee.k", "1..1024"),
         ({"k": "12"}, "raee.k", "1..1024"),
-        ({"rule": "latest"}, "raee.rule", "earliest, published"),
+        ({"rule": "latest"}, "raee.rule", "calibrated, earliest, fused, published"),
     ],
 )
 @pytest.mark.parametrize("chat", [False, True])

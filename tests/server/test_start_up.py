@@ -44,7 +44,9 @@ def test_neither_a_table_nor_a_depth():
     [
         (["--table", "somewhere", "--exit-layer", "3"], "give either --table"),
         (["--table", "somewhere", "--k", "0"], "--k is 0; allowed: 1..1024"),
-        (["--table", "somewhere", "--rule", "latest"], "allowed: earliest, published"),
+        (["--table", "x", "--rule", "latest"], "allowed: calibrated, earliest, fused, published"),
+        (["--table", "somewhere", "--fraction", "0"], "--fraction is 0.0; allowed: above 0"),
+        (["--table", "somewhere", "--vote-weight", "-1"], "--vote-weight is -1.0; allowed: more"),
         (["--table", "somewhere", "--lookup-timeout-ms", "0"], "allowed: more than 0"),
         (["--table", "somewhere", "--max-distance", "3"], "allowed: 0..2"),
         (["--exit-layer", "0"], "'0'; allowed: 1..30 or 'full'"),

@@ -1,0 +1,46 @@
+"""The scheduler is asynchronous where the resolved configuration says so."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from raee_serve.engine import scheduler
+from raee_serve.engine.settings import EXIT_LAYER_KEY
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_class_follows_the_configuration(is_async, monkeypatch):
+    monkeypatch.setattr(scheduler.TruncatingScheduler, "__init__", lambda self, config: None)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=is_async))
+    made = scheduler.truncating_scheduler(config)
+    assert isinstance(made, scheduler.TruncatingScheduler)
+    assert isinstance(made, AsyncScheduler) is is_async
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "expected"),
+    [
+        (None, 6),
+        ({}, 6),
+        ({"other": 1}, 6),
+        ({EXIT_LAYER_KEY: 1}, 1),
+        ({EXIT_LAYER_KEY: 6}, 6),
+        ({EXIT_LAYER_KEY: 7}, 6),
+        ({EXIT_LAYER_KEY: 0}, 6),
+        ({EXIT_LAYER_KEY: True}, 6),
+        ({EXIT_LAYER_KEY: "3"}, 6),
+    ],
+)
+def test_exit_layer_of_a_request(extra_args, expected):
+    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra_args))
+    assert scheduler.exit_layer_of(request, num_layers=6) == expected
+
+
+def test_a_pooling_request_has_no_exit():
+    assert scheduler.exit_layer_of(SimpleNamespace(sampling_params=None), num_layers=6) == 6
