@@ -51,9 +51,19 @@ class Calibration:
         spread = (logprobs - bias).std(axis=(0, 2))
         return cls(bias, np.maximum(spread, np.finfo(np.float32).eps))
 
-    def scores(self, label_logprobs: NDArray[np.float32]) -> Array:
-        """Calibrated scores of rows, [n, num_layers, num_labels]."""
-        return label_logprobs - self.bias
+    def scores(
+        self, head: Head, label_logprobs: NDArray[np.float32], log_vote: Array, weight: float
+    ) -> Array:
+        """Scores of rows under `head`, [n, num_layers, num_labels].
+
+        log_vote: [n, num_labels], see `log_votes`; used, with its weight, by the fused head.
+        """
+        if head == "plain":
+            return label_logprobs.astype(np.float64)
+        calibrated = label_logprobs - self.bias
+        if head == "calibrated":
+            return calibrated
+        return calibrated / self.spread[:, None] + weight * log_vote[:, None]
 
     def label_bias(self, head: Head, layer: int, log_vote: Array, weight: float) -> Array:
         """[num_labels] to add to the label words' logits after `layer` (1..num_layers).

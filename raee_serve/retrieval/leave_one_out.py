@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, Rule, exits
 from raee_serve.retrieval.heads import (
     BLOCK,
+    FUSED_K,
     Calibration,
     Head,
     label_counts,
-    leave_one_out_log_votes,
     log_votes,
     nearest_others,
 )
@@ -62,7 +62,6 @@ class LeaveOneOut:
         self._vectors, self._golds, self._logprobs = vectors, golds, label_logprobs
         self.num_rows, self.num_layers, self._num_labels = label_logprobs.shape
         self._calibration = Calibration.of(label_logprobs)
-        self._calibrated = self._calibration.scores(label_logprobs)
         self._counts = label_counts(golds, self._num_labels)
         found = list(nearest_others(vectors, min(MAX_NEIGHBOURS, self.num_rows - 1)))
         nearest = np.concatenate([rows for rows, _ in found])
@@ -76,9 +75,8 @@ class LeaveOneOut:
     ) -> Iterator[Outcome]:
         """One outcome for each fraction."""
         heads = RULES[rule].heads
-        evidence = np.stack(
-            [label_evidence(self._row_scores(head, vote_weight), self._golds) for head in heads], 1
-        )
+        scores = (self._scores(head, FUSED_K, vote_weight) for head in heads)
+        evidence = np.stack([label_evidence(own, self._golds) for own in scores], axis=1)
         right = np.stack([self._right(head, k, vote_weight) for head in heads], axis=1)
         for fraction in fractions:
             layers, chosen = self._exits(RULES[rule], evidence, k, fraction)
@@ -101,7 +99,7 @@ class LeaveOneOut:
 
     def best_layer(self) -> tuple[int, float]:
         """The best fixed layer (1..num_layers), calibrated, and its accuracy."""
-        right = (self._calibrated.argmax(axis=2) == self._golds[:, None]).mean(axis=0)
+        right = self._right("calibrated", FUSED_K, 1.0).mean(axis=0)
         return int(right.argmax()) + 1, float(right.max())
 
     def label_vote(self, k: int) -> float:
@@ -121,23 +119,13 @@ class LeaveOneOut:
             heads.append(head)
         return np.concatenate(layers), np.concatenate(heads)
 
-    def _row_scores(self, head: Head, vote_weight: float) -> Array:
-        """[n, num_layers, num_labels], with the votes that exit information is computed with."""
-        votes = leave_one_out_log_votes(self._vectors, self._golds, self._num_labels)
-        return self._scores(head, votes, vote_weight)
-
     def _right(self, head: Head, k: int, vote_weight: float) -> NDArray[np.bool_]:
         """[n, num_layers]: whether the row, asked with k neighbours, is answered correctly."""
-        scores = self._scores(head, self._votes(k), vote_weight)
-        return scores.argmax(axis=2) == self._golds[:, None]
+        return self._scores(head, k, vote_weight).argmax(axis=2) == self._golds[:, None]
 
-    def _scores(self, head: Head, log_vote: Array, vote_weight: float) -> Array:
-        if head == "plain":
-            return self._logprobs.astype(np.float64)
-        if head == "calibrated":
-            return self._calibrated
-        scaled = self._calibrated / self._calibration.spread[:, None]
-        return scaled + vote_weight * log_vote[:, None]
+    def _scores(self, head: Head, k: int, vote_weight: float) -> Array:
+        """[n, num_layers, num_labels], with the vote of k neighbours in fused ones."""
+        return self._calibration.scores(head, self._logprobs, self._votes(k), vote_weight)
 
     def _votes(self, k: int) -> Array:
         """[n, num_labels]: what each row's k nearest other rows vote."""

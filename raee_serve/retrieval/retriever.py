@@ -296,9 +296,8 @@ def _other_heads(
     """[n, 2, num_layers] exit information under the calibrated and the fused head."""
     assert rows.label_logprobs is not None and rows.golds is not None
     votes = leave_one_out_log_votes(rows.vectors, rows.golds, len(entry.label_words))
-    calibrated = calibration.scores(rows.label_logprobs)
-    fused = calibrated / calibration.spread[:, None] + vote_weight * votes[:, None]
-    return np.stack([label_evidence(scores, rows.golds) for scores in (calibrated, fused)], axis=1)
+    scores = (calibration.scores(h, rows.label_logprobs, votes, vote_weight) for h in HEADS[1:])
+    return np.stack([label_evidence(own, rows.golds) for own in scores], axis=1)
 
 
 def _distance_bound(vectors: NDArray[np.float32]) -> float:

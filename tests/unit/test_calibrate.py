@@ -1,5 +1,7 @@
 """Settings chosen on a table's own rows, each left out in turn."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -125,8 +127,6 @@ def test_the_command_stores_its_choice(uri, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_is_an_error_and_stores_nothing(uri, task, budget, message, capsys):
-    import re
-
     assert main(["calibrate", "--table", uri, "--task", task, "--budget", budget]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert ExitTable.open(uri).metadata.choices == {}

@@ -29,7 +29,7 @@ def logprobs(seed):
 @given(st.integers(0, 50))
 def test_calibrated_layers_favour_no_word_and_have_unit_spread(seed):
     calibration = Calibration.of(logprobs(seed))
-    scores = calibration.scores(logprobs(seed))
+    scores = calibration.scores("calibrated", logprobs(seed), np.zeros((N, LABELS)), 1.0)
     np.testing.assert_allclose(scores.mean(axis=0), 0, atol=1e-5)
     spread = (scores / calibration.spread[:, None]).std(axis=(0, 2))
     np.testing.assert_allclose(spread, 1, rtol=1e-5)
@@ -41,11 +41,10 @@ def test_biases_give_the_answer_of_the_head(seed, layer, weight):
     own = logprobs(seed)
     calibration = Calibration.of(own)
     vote = np.log(np.random.default_rng(seed + 1).dirichlet(np.ones(LABELS)))
-    calibrated = calibration.scores(own)[:, layer - 1]
+    votes = np.tile(vote, (N, 1))
     scores = {
-        "plain": own[:, layer - 1].astype(np.float64),
-        "calibrated": calibrated,
-        "fused": calibrated / calibration.spread[layer - 1] + weight * vote,
+        head: calibration.scores(head, own, votes, weight)[:, layer - 1]
+        for head in ("plain", "calibrated", "fused")
     }
     for head, expected in scores.items():
         biased = own[:, layer - 1] + calibration.label_bias(head, layer, vote, weight)
