@@ -36,6 +36,9 @@ from raee_serve.table.probe import default_dtype
 MIXES = ("six-depths", "half-shallow")
 """Uniform random over six depths; half at a third of the layers, half at full depth."""
 
+DEPTHS = {"third": 1 / 3, "half": 1 / 2, "two-thirds": 2 / 3, "full": 1.0}
+"""Names of uniform depths, as shares of the layers."""
+
 
 class Comparison:
     """The systems of one model and dtype, started once and asked in turns."""
@@ -69,9 +72,16 @@ class Comparison:
         """New prompts from here on, the same for every system of the round."""
         self._seed += 1
 
-    def close(self) -> None:
-        for system in (self.vanilla, self.ours, *self._cut.values()):
+    def forget_cut(self) -> None:
+        """End the engines of cut checkpoints, each of which holds gigabytes of memory."""
+        for system in self._cut.values():
             system.close()
+        self._cut.clear()
+
+    def close(self) -> None:
+        self.forget_cut()
+        self.vanilla.close()
+        self.ours.close()
 
     def _start(self, name: str, path: Path, options: dict[str, Any]) -> System:
         print(f"starting {name} ...", flush=True)
@@ -147,54 +157,69 @@ def mixes(num_layers: int, num_requests: int) -> dict[str, list[int]]:
 def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
     comparison = Comparison(args.model, args.dtype, workdir)
     n = comparison.num_layers
+    workloads = [WORKLOADS[name].at_most(args.max_requests) for name in args.workloads]
     result: dict[str, Any] = {
         "model": args.model,
         "dtype": args.dtype,
         "num_layers": n,
         "pairs": args.pairs,
+        "requests": {w.name: w.num_requests for w in workloads},
         "machine": machine(),
         "startup_ratio": round(comparison.ours.startup_s / comparison.vanilla.startup_s, 3),
         "full_depth_ratio": {},
-        "uniform": {},
-        "mixed": {},
-        "mixed_efficiency": {},
+        "uniform": {w.name: {} for w in workloads},
+        "mixed": {w.name: {} for w in workloads},
+        "mixed_efficiency": {w.name: {} for w in workloads},
     }
     try:
-        for workload in (WORKLOADS[name] for name in args.workloads):
-            for key, figures in measure_workload(comparison, workload, args).items():
-                result[key][workload.name] = figures
+        for depth in (depth_named(name, n) for name in args.depths):
+            for workload in workloads:
+                add_uniform(result, comparison, workload, depth, args.pairs)
+            comparison.forget_cut()
+        for workload in workloads:
+            for mix in args.mixes if workload.num_requests > 1 else ():
+                add_mixed(result, comparison, workload, mix, args.pairs)
     finally:
         comparison.close()
     return result
 
 
-def measure_workload(
-    comparison: Comparison, workload: Workload, args: argparse.Namespace
-) -> dict[str, Any]:
-    """The figures of one workload under the names of the result's fields."""
-    n = comparison.num_layers
-    full = uniform(comparison, workload, n, args.pairs)["efficiency"]
-    report(workload, "full depth / vanilla", full)
-    depths = {}
-    for depth in args.depths or sorted({round(n / 3), round(n / 2), round(2 * n / 3)}):
-        ratios = uniform(comparison, workload, depth, args.pairs)
-        for kind, ratio in ratios.items():
-            report(workload, f"depth {depth} of {n}: {kind}", ratio)
-        depths[depth] = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
-    mixed_depths: dict[str, Any] = {}
-    for mix in args.mixes if workload.num_requests > 1 else ():
-        exits = mixes(n, workload.num_requests)[mix]
-        ratios = mixed(comparison, workload, exits, args.pairs)
-        for kind, ratio in ratios.items():
-            report(workload, f"mix {mix}: {kind}", ratio)
-        mixed_depths[mix] = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
-        mixed_depths[mix]["mean_depth"] = sum(exits) / len(exits)
-    return {
-        "full_depth_ratio": full.as_dict(),
-        "uniform": depths,
-        "mixed": mixed_depths,
-        "mixed_efficiency": {mix: m["efficiency"] for mix, m in mixed_depths.items()},
-    }
+def depth_named(name: str, num_layers: int) -> int:
+    """A number of layers, or one of DEPTHS. Raises `ValueError` for others."""
+    if name in DEPTHS:
+        return round(DEPTHS[name] * num_layers)
+    if name.isdecimal() and 1 <= int(name) <= num_layers:
+        return int(name)
+    raise ValueError(f"depth {name!r}; allowed: 1..{num_layers}, {', '.join(DEPTHS)}")
+
+
+def add_uniform(
+    result: dict[str, Any], comparison: Comparison, workload: Workload, depth: int, pairs: int
+) -> None:
+    """Measure one depth and put its figures into the result's fields."""
+    ratios = uniform(comparison, workload, depth, pairs)
+    if depth == comparison.num_layers:
+        report(workload, "full depth / vanilla", ratios["efficiency"])
+        result["full_depth_ratio"][workload.name] = ratios["efficiency"].as_dict()
+        return
+    for kind, ratio in ratios.items():
+        report(workload, f"depth {depth} of {comparison.num_layers}: {kind}", ratio)
+    figures = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
+    result["uniform"][workload.name][depth] = figures
+
+
+def add_mixed(
+    result: dict[str, Any], comparison: Comparison, workload: Workload, mix: str, pairs: int
+) -> None:
+    """Measure one mix of depths and put its figures into the result's fields."""
+    exits = mixes(comparison.num_layers, workload.num_requests)[mix]
+    ratios = mixed(comparison, workload, exits, pairs)
+    for kind, ratio in ratios.items():
+        report(workload, f"mix {mix}: {kind}", ratio)
+    figures: dict[str, Any] = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
+    figures["mean_depth"] = sum(exits) / len(exits)
+    result["mixed"][workload.name][mix] = figures
+    result["mixed_efficiency"][workload.name][mix] = figures["efficiency"]
 
 
 def report(workload: Workload, what: str, ratio: Ratio) -> None:
@@ -211,8 +236,22 @@ def main() -> None:
         help="default: what this CPU computes in (%(default)s)",
     )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
-    parser.add_argument("--depths", nargs="+", type=int)
+    parser.add_argument(
+        "--depths",
+        nargs="*",
+        default=list(DEPTHS),
+        metavar="D",
+        help=f"uniform depths: {', '.join(DEPTHS)} or numbers of layers (default: these four)",
+    )
     parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument(
+        "--max-requests",
+        type=int,
+        default=64,
+        metavar="N",
+        help="of any workload (default: 64). A step takes 2,048 tokens, so that 16 requests of "
+        "prefill-heavy are the same steps as 64, only fewer",
+    )
     parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=MIXES)
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """What the systems are given to do."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -18,6 +18,10 @@ class Workload:
     def num_tokens(self) -> int:
         """Prompt and output tokens of one run."""
         return self.num_requests * (self.prompt_len + self.output_len)
+
+    def at_most(self, num_requests: int) -> "Workload":
+        """The same with no more than that many requests."""
+        return replace(self, num_requests=min(self.num_requests, num_requests))
 
     def job(
         self, seed: int, vocab_size: int, exit_layers: list[int] | None = None
