@@ -11,7 +11,9 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--prompt", default="A film that I could watch again tomorrow. It was")
     parser.add_argument("--task", default="demo_sentiment", help="a task of the server's table")
-    parser.add_argument("--rule", default="fused", help="or calibrated, earliest, published")
+    parser.add_argument(
+        "--rule", default="stacked", help="or fused, calibrated, earliest, published"
+    )
     parser.add_argument("-k", type=int, default=12, help="neighbours to decide by")
     parser.add_argument(
         "depths", nargs="*", type=depth, default=[6, 12, "full", "auto"], help="exit layers"

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError
-from raee_serve.retrieval.heads import FUSED_K, Head
+from raee_serve.retrieval.heads import VOTE_K, HeadName
 
 Array = NDArray[np.float64]
 
-DEFAULT_LABEL_RULE = "fused"
+DEFAULT_LABEL_RULE = "stacked"
 DEFAULT_FREE_TEXT_RULE = "earliest"
 DEFAULT_FRACTION = 0.95
 """Share of the best layer's score that an earlier layer must reach, unless under `published`."""
@@ -49,7 +49,7 @@ class Rule:
     choose: (best score of each layer, fraction) -> layer index.
     """
 
-    heads: tuple[Head, ...]
+    heads: tuple[HeadName, ...]
     k: int
     score: Callable[[Array, Array], Array]
     choose: Callable[[Array, float], NDArray[np.int64]]
@@ -132,6 +132,7 @@ RULES: dict[str, Rule] = {
     "published": Rule(("plain",), 12, best_pairs, best_layer),
     "earliest": Rule(("plain",), 12, all_pairs, earliest_layer),
     "calibrated": Rule(("plain", "calibrated"), 24, all_pairs, earliest_layer),
-    "fused": Rule(("fused",), FUSED_K, all_pairs, earliest_layer),
+    "fused": Rule(("fused",), VOTE_K["fused"], all_pairs, earliest_layer),
+    "stacked": Rule(("stacked",), VOTE_K["stacked"], all_pairs, earliest_layer),
 }
-"""By name. Free text has the plain head alone: there the last two are `earliest` with their k."""
+"""By name. Free text has the plain head alone: there the last three are `earliest` with their k."""

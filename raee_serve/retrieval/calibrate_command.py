@@ -118,6 +118,7 @@ def _baselines(rows: LeaveOneOut) -> list[tuple[float, float, str]]:
         (1.0, rows.full_depth(), "full depth"),
         (layer / rows.num_layers, accuracy, f"best fixed layer ({layer}), calibrated"),
         (0.0, rows.label_vote(VOTE_K), f"label vote of {VOTE_K} neighbours, no model"),
+        (0.0, rows.stacked_vote(), "label vote as stacked exits weigh it, no model"),
     ]
 
 
@@ -147,7 +148,7 @@ def _draw(
     figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150)
     axes.step([o.depth for o in best], [o.accuracy for o in best], where="post", label="frontier")
     axes.plot([chosen.depth], [chosen.accuracy], "o", label=f"chosen: {describe(chosen.choice)}")
-    for (depth, accuracy, what), marker in zip(_baselines(rows), "s^x", strict=True):
+    for (depth, accuracy, what), marker in zip(_baselines(rows), "s^x+", strict=True):
         axes.plot([depth], [accuracy], marker, label=what)
     axes.set(xlabel="mean depth / full depth", ylabel="leave-one-out accuracy", title=name)
     axes.legend(fontsize=7)

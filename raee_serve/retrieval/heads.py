@@ -1,16 +1,20 @@
 """Exit heads of label-word tasks, in pure NumPy: what a layer says, freed of its bias.
 
-A head scores the label words c after layer l from their log-probabilities z[l, c]:
+A head scores the label words c after layer l from their log-probabilities z[l, c] and from what
+the neighbours vote, p(c):
 
-    plain       z[l, c]
-    calibrated  z[l, c] - b[l, c]               b: mean of z over the table's rows of the task
-    fused       (z[l, c] - b[l, c]) / s[l] + weight * log p(c)
-                                                s: spread of the calibrated scores of layer l
-                                                p: what the neighbours vote
+    score = scale[l] * (z[l, c] - bias[l, c]) + vote_weight[l] * log p(c)
 
-Only the best label word matters, so each head amounts to biases on the label words' logits:
-0, -b[l, c], and -b[l, c] + weight * s[l] * log p(c). A calibrated or fused exit has the depth of
-the plain one and needs nothing of the engine but `logit_bias`.
+               scale   bias                          vote_weight
+    plain      1       0                             0
+    calibrated 1       mean of z over the table      0
+    fused      1/s[l]  mean of z over the table      one for all layers
+    stacked    fitted by layer on the table's rows, see `stacking`
+
+with s the spread of the calibrated scores over the table. Only the best label word matters, so
+each head amounts to biases on the label words' logits: vote_weight[l] / scale[l] * log p(c)
+- bias[l, c]. Such an exit has the depth of the plain one and needs nothing of the engine but
+`logit_bias`.
 """
 
 from __future__ import annotations
@@ -24,58 +28,67 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-Head = Literal["plain", "calibrated", "fused"]
+HeadName = Literal["plain", "calibrated", "fused", "stacked"]
 
-FUSED_K = 32
-"""Neighbours that vote on a table row."""
+VOTE_K: dict[HeadName, int] = {"fused": 32, "stacked": 128}
+"""Neighbours that vote on a table row, for the heads that ask them."""
 VOTE_TEMPERATURE = 0.1
 """A neighbour less similar by this much has 1/e of the vote."""
 VOTE_PRIOR = 0.5
 """Votes every label word starts with."""
+MIN_SPREAD = 1e-3
+"""A layer whose calibrated scores spread less says the same to all rows: what is left of its
+scores is rounding, which must not be blown up to count beside a vote."""
 BLOCK = 2048
 """Rows compared with the whole task at once: against 50,000 rows in float32 that is 400 MB."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """bias: [num_layers, num_labels]; spread: [num_layers], above 0."""
+class Head:
+    """scale: [num_layers], above 0; bias: [num_layers, num_labels]; vote_weight: [num_layers]."""
 
+    scale: Array
     bias: Array
-    spread: Array
+    vote_weight: Array
 
-    @classmethod
-    def of(cls, label_logprobs: NDArray[np.float32]) -> Calibration:
-        """From a task's rows, [n, num_layers, num_labels]."""
-        logprobs = label_logprobs.astype(np.float64)
-        bias = logprobs.mean(axis=0)
-        spread = (logprobs - bias).std(axis=(0, 2))
-        return cls(bias, np.maximum(spread, np.finfo(np.float32).eps))
+    def scores(self, label_logprobs: NDArray[np.float32], log_vote: Array) -> Array:
+        """Scores of rows, [n, num_layers, num_labels] like their log-probabilities.
 
-    def scores(
-        self, head: Head, label_logprobs: NDArray[np.float32], log_vote: Array, weight: float
-    ) -> Array:
-        """Scores of rows under `head`, [n, num_layers, num_labels].
-
-        log_vote: [n, num_labels], see `log_votes`; used, with its weight, by the fused head.
+        log_vote: [n, num_labels], see `log_votes`.
         """
-        if head == "plain":
-            return label_logprobs.astype(np.float64)
-        calibrated = label_logprobs - self.bias
-        if head == "calibrated":
-            return calibrated
-        return calibrated / self.spread[:, None] + weight * log_vote[:, None]
+        own = self.scale[:, None] * (label_logprobs - self.bias)
+        return own + self.vote_weight[:, None] * log_vote[:, None]
 
-    def label_bias(self, head: Head, layer: int, log_vote: Array, weight: float) -> Array:
+    def label_bias(self, layer: int, log_vote: Array) -> Array:
         """[num_labels] to add to the label words' logits after `layer` (1..num_layers).
 
-        log_vote: [num_labels], see `log_votes`; used by the fused head.
+        log_vote: [num_labels], see `log_votes`.
         """
-        if head == "plain":
-            return np.zeros(self.bias.shape[1])
-        calibrated = -self.bias[layer - 1]
-        if head == "calibrated":
-            return calibrated
-        return calibrated + weight * self.spread[layer - 1] * log_vote
+        at = layer - 1
+        return self.vote_weight[at] / self.scale[at] * log_vote - self.bias[at]
+
+
+def plain(num_layers: int, num_labels: int) -> Head:
+    return Head(np.ones(num_layers), np.zeros((num_layers, num_labels)), np.zeros(num_layers))
+
+
+def calibrated(label_logprobs: NDArray[np.float32]) -> Head:
+    """From the log-probabilities of a task's rows, [n, num_layers, num_labels]."""
+    bias, _ = bias_and_spread(label_logprobs)
+    return Head(np.ones(len(bias)), bias, np.zeros(len(bias)))
+
+
+def fused(label_logprobs: NDArray[np.float32], vote_weight: float) -> Head:
+    """From the log-probabilities of a task's rows, [n, num_layers, num_labels]."""
+    bias, spread = bias_and_spread(label_logprobs)
+    return Head(1 / spread, bias, np.full(len(bias), vote_weight))
+
+
+def bias_and_spread(label_logprobs: NDArray[np.float32]) -> tuple[Array, Array]:
+    """[num_layers, num_labels] means, and [num_layers] deviations from them, MIN_SPREAD or more."""
+    logprobs = label_logprobs.astype(np.float64)
+    bias = logprobs.mean(axis=0)
+    return bias, np.maximum((logprobs - bias).std(axis=(0, 2)), MIN_SPREAD)
 
 
 def log_votes(similarities: Array, labels: NDArray[np.int32], counts: NDArray[np.int64]) -> Array:
@@ -97,31 +110,50 @@ def label_counts(labels: NDArray[np.int32], num_labels: int) -> NDArray[np.int64
     return np.bincount(labels, minlength=num_labels)
 
 
-def leave_one_out_log_votes(
-    vectors: NDArray[np.float32], labels: NDArray[np.int32], num_labels: int, k: int = FUSED_K
-) -> Array:
-    """[n, num_labels]: `log_votes` on each row by its k nearest other rows.
+class LeaveOneOutVotes:
+    """What each row's nearest other rows vote on it.
 
-    vectors: [n, dimension], L2-normalised; fewer than two rows vote for nothing (uniform).
+    vectors: [n, dimension], L2-normalised; labels: [n] label indices.
     """
-    n = len(vectors)
-    if n < 2:
-        return np.full((n, num_labels), -np.log(num_labels))
-    counts = label_counts(labels, num_labels)
-    votes = [
-        log_votes(similarities.astype(np.float64), labels[nearest], counts)
-        for nearest, similarities in nearest_others(vectors, min(k, n - 1))
-    ]
-    return np.concatenate(votes)
+
+    def __init__(
+        self, vectors: NDArray[np.float32], labels: NDArray[np.int32], num_labels: int, max_k: int
+    ) -> None:
+        """max_k: the most neighbours that will be asked for; fewer where there are fewer rows."""
+        self._labels = labels
+        self._counts = label_counts(labels, num_labels)
+        found = list(nearest_others(vectors, min(max_k, len(vectors) - 1)))
+        self.nearest = np.concatenate([rows for rows, _ in found])
+        self.similarities = np.concatenate([values for _, values in found])
+        self._log_votes: dict[int, Array] = {}
+
+    def log_votes(self, k: int) -> Array:
+        """[n, num_labels]: `log_votes` of the k nearest; a row without others: uniform."""
+        if k not in self._log_votes:
+            self._log_votes[k] = self._counted(k)
+        return self._log_votes[k]
+
+    def _counted(self, k: int) -> Array:
+        num_labels, (n, found) = len(self._counts), self.nearest.shape
+        if not found:
+            return np.full((n, num_labels), -np.log(num_labels))
+        similarities = self.similarities[:, :k].astype(np.float64)
+        return log_votes(similarities, self._labels[self.nearest[:, :k]], self._counts)
 
 
 def nearest_others(
     vectors: NDArray[np.float32], k: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """For blocks of rows, in order: the k nearest other rows of each, and their similarities."""
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+    """For blocks of rows, in order: the k nearest other rows of each, nearest first, and their
+    similarities."""
     for start in range(0, len(vectors), BLOCK):
         block = vectors[start : start + BLOCK] @ vectors.T
         rows = np.arange(len(block))
         block[rows, start + rows] = -np.inf
-        nearest = np.argpartition(-block, k - 1, axis=1)[:, :k]
-        yield nearest, np.take_along_axis(block, nearest, axis=1)
+        nearest = np.argpartition(-block, max(k - 1, 0), axis=1)[:, :k].astype(np.int32)
+        similarities = np.take_along_axis(block, nearest, axis=1)
+        order = np.argsort(-similarities, axis=1, kind="stable")
+        yield (
+            np.take_along_axis(nearest, order, axis=1),
+            np.take_along_axis(similarities, order, axis=1),
+        )

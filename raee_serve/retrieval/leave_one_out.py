@@ -14,27 +14,31 @@ from numpy.typing import NDArray
 from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, Rule, exits
 from raee_serve.retrieval.heads import (
     BLOCK,
-    FUSED_K,
-    Calibration,
+    VOTE_K,
     Head,
-    label_counts,
-    log_votes,
-    nearest_others,
+    HeadName,
+    LeaveOneOutVotes,
+    calibrated,
+    fused,
+    plain,
 )
+from raee_serve.retrieval.stacking import stacked, stacked_vote
 from raee_serve.table.evidence import label_evidence
 from raee_serve.table.schema import RuleChoice
 
 Array = NDArray[np.float64]
 
-MAX_NEIGHBOURS = 48
+MAX_NEIGHBOURS = 128
 FRACTIONS = (1.0, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7)
 NEIGHBOURS = {
     "published": (8, 12, 24),
     "earliest": (8, 12, 24),
     "calibrated": (12, 24, 48),
     "fused": (16, 32, 48),
+    "stacked": (64, 128),
 }
 VOTE_WEIGHTS = (0.5, 1.0, 2.0, 3.0)
+"""Of fused exits; stacked ones have fitted weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +63,20 @@ class LeaveOneOut:
         golds: NDArray[np.int32],
         label_logprobs: NDArray[np.float32],
     ) -> None:
-        self._vectors, self._golds, self._logprobs = vectors, golds, label_logprobs
+        self._golds, self._logprobs = golds, label_logprobs
         self.num_rows, self.num_layers, self._num_labels = label_logprobs.shape
-        self._calibration = Calibration.of(label_logprobs)
-        self._counts = label_counts(golds, self._num_labels)
-        found = list(nearest_others(vectors, min(MAX_NEIGHBOURS, self.num_rows - 1)))
-        nearest = np.concatenate([rows for rows, _ in found])
-        similarities = np.concatenate([values for _, values in found]).astype(np.float64)
-        order = np.argsort(-similarities, axis=1, kind="stable")
-        self._nearest = np.take_along_axis(nearest, order, axis=1)
-        self._similarities = np.take_along_axis(similarities, order, axis=1)
+        self._votes = LeaveOneOutVotes(vectors, golds, self._num_labels, MAX_NEIGHBOURS)
+        self._stacked = stacked(label_logprobs, golds, self._votes.log_votes(VOTE_K["stacked"]))
 
     def outcomes(
         self, rule: str, k: int, vote_weight: float, fractions: Sequence[float]
     ) -> Iterator[Outcome]:
         """One outcome for each fraction."""
-        heads = RULES[rule].heads
-        scores = (self._scores(head, FUSED_K, vote_weight) for head in heads)
+        names = RULES[rule].heads
+        heads = [self._head(name, vote_weight) for name in names]
+        scores = (self._scores(h, VOTE_K.get(n, k)) for n, h in zip(names, heads, strict=True))
         evidence = np.stack([label_evidence(own, self._golds) for own in scores], axis=1)
-        right = np.stack([self._right(head, k, vote_weight) for head in heads], axis=1)
+        right = np.stack([self._right(head, k) for head in heads], axis=1)
         for fraction in fractions:
             layers, chosen = self._exits(RULES[rule], evidence, k, fraction)
             correct = right[np.arange(self.num_rows), chosen, layers - 1]
@@ -99,12 +98,18 @@ class LeaveOneOut:
 
     def best_layer(self) -> tuple[int, float]:
         """The best fixed layer (1..num_layers), calibrated, and its accuracy."""
-        right = self._right("calibrated", FUSED_K, 1.0).mean(axis=0)
+        right = self._right(calibrated(self._logprobs), 1).mean(axis=0)
         return int(right.argmax()) + 1, float(right.max())
 
     def label_vote(self, k: int) -> float:
         """Accuracy of the neighbours' vote alone, without any model."""
-        return float((self._votes(k).argmax(axis=1) == self._golds).mean())
+        return float((self._votes.log_votes(k).argmax(axis=1) == self._golds).mean())
+
+    def stacked_vote(self) -> float:
+        """Accuracy of the vote as the stacked head hears it, without any model."""
+        votes = self._votes.log_votes(VOTE_K["stacked"])
+        weight, offset = stacked_vote(self._golds, votes)
+        return float(((weight * votes + offset).argmax(axis=1) == self._golds).mean())
 
     def _exits(
         self, rule: Rule, evidence: NDArray[np.float32], k: int, fraction: float
@@ -112,24 +117,27 @@ class LeaveOneOut:
         """[n] layers (full depth without evidence), [n] heads; block by block to bound memory."""
         layers, heads = [], []
         for start in range(0, self.num_rows, BLOCK):
-            near = self._nearest[start : start + BLOCK, :k]
-            distances = 1 - self._similarities[start : start + BLOCK, :k]
+            near = self._votes.nearest[start : start + BLOCK, :k]
+            distances = 1 - self._votes.similarities[start : start + BLOCK, :k]
             layer, head = exits(rule, evidence[near], distances, fraction=fraction)
             layers.append(np.where(layer == NO_EVIDENCE, self.num_layers, layer))
             heads.append(head)
         return np.concatenate(layers), np.concatenate(heads)
 
-    def _right(self, head: Head, k: int, vote_weight: float) -> NDArray[np.bool_]:
+    def _head(self, name: HeadName, vote_weight: float) -> Head:
+        if name == "plain":
+            return plain(self.num_layers, self._num_labels)
+        if name == "calibrated":
+            return calibrated(self._logprobs)
+        return self._stacked if name == "stacked" else fused(self._logprobs, vote_weight)
+
+    def _right(self, head: Head, k: int) -> NDArray[np.bool_]:
         """[n, num_layers]: whether the row, asked with k neighbours, is answered correctly."""
-        return self._scores(head, k, vote_weight).argmax(axis=2) == self._golds[:, None]
+        return self._scores(head, k).argmax(axis=2) == self._golds[:, None]
 
-    def _scores(self, head: Head, k: int, vote_weight: float) -> Array:
-        """[n, num_layers, num_labels], with the vote of k neighbours in fused ones."""
-        return self._calibration.scores(head, self._logprobs, self._votes(k), vote_weight)
-
-    def _votes(self, k: int) -> Array:
-        """[n, num_labels]: what each row's k nearest other rows vote."""
-        return log_votes(self._similarities[:, :k], self._golds[self._nearest[:, :k]], self._counts)
+    def _scores(self, head: Head, k: int) -> Array:
+        """[n, num_layers, num_labels], with the vote of k neighbours."""
+        return head.scores(self._logprobs, self._votes.log_votes(k))
 
 
 def frontier(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -23,12 +23,16 @@ from raee_serve.retrieval.aggregate import (
 )
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import (
-    Calibration,
+    VOTE_K,
     Head,
+    HeadName,
+    LeaveOneOutVotes,
+    calibrated,
+    fused,
     label_counts,
-    leave_one_out_log_votes,
     log_votes,
 )
+from raee_serve.retrieval.stacking import stacked
 from raee_serve.retrieval.vector_cache import VectorCache
 from raee_serve.table.evidence import evidence_of, label_evidence
 from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows
@@ -45,7 +49,7 @@ MIN_BOUND = 1e-3
 task with a single row still knows its own text."""
 
 
-HEADS: tuple[Head, ...] = ("plain", "calibrated", "fused")
+HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
 """The order in which a row's exit information is held."""
 
 
@@ -73,7 +77,7 @@ class TaskIndex:
     labels: [n] int32, gold label of each row; 0 for free text.
     distance_bound: cosine distance beyond which the nearest row says nothing.
     choice: how exits are chosen unless a look-up says otherwise.
-    calibration: None for free text.
+    heads: those that bias label words, by name; empty for free text.
     """
 
     vectors: NDArray[np.float32]
@@ -81,7 +85,7 @@ class TaskIndex:
     labels: NDArray[np.int32]
     distance_bound: float
     choice: RuleChoice
-    calibration: Calibration | None
+    heads: Mapping[HeadName, Head]
 
 
 class ExitRetriever:
@@ -98,7 +102,7 @@ class ExitRetriever:
         self._evidence = np.concatenate([index.evidence for index in indexes.values()])
         self._labels = np.concatenate([index.labels for index in indexes.values()])
         self.choices = {name: index.choice for name, index in indexes.items()}
-        self._calibrations = [index.calibration for index in indexes.values()]
+        self._heads = [index.heads for index in indexes.values()]
         self._names = tuple(indexes)
         self._bounds = [index.distance_bound for index in indexes.values()]
         sizes = [len(index.vectors) for index in indexes.values()]
@@ -201,7 +205,7 @@ class ExitRetriever:
         owner = self._owner[rows[distances.argmin()]]
         choice = _choice_for(lookup, self.choices[self._names[owner]])
         rule = rule_named(choice.rule)
-        heads: tuple[Head, ...] = rule.heads if self._calibrations[owner] else ("plain",)
+        heads: tuple[HeadName, ...] = rule.heads if self._heads[owner] else ("plain",)
         nearest = _smallest(distances, choice.k)
         distance = float(distances[nearest[0]])
         found = {"task": self._names[owner], "distance": distance}
@@ -217,24 +221,23 @@ class ExitRetriever:
 
     def _label_bias(
         self,
-        head: Head,
+        name: HeadName,
         layer: int,
         owner: int,
         nearest: NDArray[np.int64],
         distances: NDArray[np.float32],
         searched: NDArray[np.int64],
     ) -> tuple[float, ...]:
-        """What `head` adds to the label words' logits, calibrated as the nearest row's task is.
+        """What a head adds to the label words' logits, as it was made for the nearest row's task.
 
         nearest, distances: [k] rows and their distances; searched: all rows they are nearest of.
         """
-        calibration = self._calibrations[owner]
-        if head == "plain" or calibration is None:
+        head = self._heads[owner].get(name)
+        if head is None:
             return ()
-        counts = label_counts(self._labels[searched], calibration.bias.shape[1])
+        counts = label_counts(self._labels[searched], head.bias.shape[1])
         votes = log_votes(1 - distances.astype(np.float64), self._labels[nearest], counts)
-        weight = self.choices[self._names[owner]].vote_weight
-        return tuple(calibration.label_bias(head, layer, votes, weight).tolist())
+        return tuple(head.label_bias(layer, votes).tolist())
 
 
 def _by_candidates(lookups: Sequence[Lookup]) -> dict[tuple[str, ...], list[int]]:
@@ -276,13 +279,14 @@ def _load_index(
     plain = evidence_of(rows, entry, table.metadata.backbone.num_layers)
     evidence = np.zeros((len(rows), len(HEADS), plain.shape[1]), np.float32)
     evidence[:, 0] = plain
-    labels, calibration = np.zeros(len(rows), np.int32), None
+    labels = np.zeros(len(rows), np.int32)
+    heads: Mapping[HeadName, Head] = {}
     if entry.kind == "labels" and len(rows):
         assert rows.label_logprobs is not None and rows.golds is not None
-        labels, calibration = rows.golds, Calibration.of(rows.label_logprobs)
-        evidence[:, 1:] = _other_heads(rows, entry, calibration, choice.vote_weight)
+        labels = rows.golds
+        heads, evidence[:, 1:] = _biasing_heads(rows, entry, choice.vote_weight)
     bound = _distance_bound(rows.vectors) if max_distance is None else max_distance
-    return TaskIndex(rows.vectors, evidence, labels, bound, choice, calibration)
+    return TaskIndex(rows.vectors, evidence, labels, bound, choice, heads)
 
 
 def _default_choice(entry: TaskEntry) -> RuleChoice:
@@ -290,14 +294,22 @@ def _default_choice(entry: TaskEntry) -> RuleChoice:
     return RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
 
 
-def _other_heads(
-    rows: TaskRows, entry: TaskEntry, calibration: Calibration, vote_weight: float
-) -> NDArray[np.float32]:
-    """[n, 2, num_layers] exit information under the calibrated and the fused head."""
-    assert rows.label_logprobs is not None and rows.golds is not None
-    votes = leave_one_out_log_votes(rows.vectors, rows.golds, len(entry.label_words))
-    scores = (calibration.scores(h, rows.label_logprobs, votes, vote_weight) for h in HEADS[1:])
-    return np.stack([label_evidence(own, rows.golds) for own in scores], axis=1)
+def _biasing_heads(
+    rows: TaskRows, entry: TaskEntry, vote_weight: float
+) -> tuple[dict[HeadName, Head], NDArray[np.float32]]:
+    """HEADS without the first, and the rows' exit information under them, [n, 3, num_layers]."""
+    logprobs, golds = rows.label_logprobs, rows.golds
+    assert logprobs is not None and golds is not None
+    most = max(VOTE_K.values())
+    ballot = LeaveOneOutVotes(rows.vectors, golds, len(entry.label_words), most)
+    votes = {name: ballot.log_votes(VOTE_K.get(name, 1)) for name in HEADS[1:]}
+    heads: dict[HeadName, Head] = {
+        "calibrated": calibrated(logprobs),
+        "fused": fused(logprobs, vote_weight),
+        "stacked": stacked(logprobs, golds, votes["stacked"]),
+    }
+    scores = (heads[name].scores(logprobs, votes[name]) for name in HEADS[1:])
+    return heads, np.stack([label_evidence(own, golds) for own in scores], axis=1)
 
 
 def _distance_bound(vectors: NDArray[np.float32]) -> float:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, help="neighbours to look up")
     parser.add_argument(
         "--rule",
-        help="how an exit is chosen: fused (default for label words), "
+        help="how an exit is chosen: stacked (default for label words), fused, "
         "calibrated, earliest (default for free text), published",
     )
     parser.add_argument(

@@ -63,6 +63,8 @@ def test_baselines(task_rows, rows):
     assert rows.full_depth() == pytest.approx((answers[:, -1] == task_rows.golds).mean())
     assert rows.best_layer()[0] == 3
     assert 0 <= rows.label_vote(8) <= 1
+    most_frequent = np.bincount(task_rows.golds).max() / N
+    assert rows.stacked_vote() >= most_frequent - 0.02
 
 
 def test_every_rule_is_tried(rows):

@@ -133,10 +133,10 @@ def test_fused_exits_favour_the_label_of_the_nearest(uri):
 
 
 def test_label_rules_are_the_default_for_label_words(retriever):
-    fused, default = (
-        retriever.decide([sst2(PRAISE[0], **options)])[0] for options in ({"rule": "fused"}, {})
+    stacked, default = (
+        retriever.decide([sst2(PRAISE[0], **options)])[0] for options in ({"rule": "stacked"}, {})
     )
-    assert dataclasses.replace(default, lookup_ms=0) == dataclasses.replace(fused, lookup_ms=0)
+    assert dataclasses.replace(default, lookup_ms=0) == dataclasses.replace(stacked, lookup_ms=0)
     assert default.label_bias
 
 
@@ -146,7 +146,7 @@ def test_a_stored_choice_holds_unless_told_otherwise(uri, tmp_path):
     ExitTable.open(str(copy)).put_choice("sst2", RuleChoice("earliest", 3, 0.8, 1.0))
     stored = ExitRetriever.open(str(copy), backbone=BACKBONE)
     assert stored.choices["sst2"] == RuleChoice("earliest", 3, 0.8, 1.0)
-    assert stored.choices["cr"].rule == "fused"
+    assert stored.choices["cr"].rule == "stacked"
     assert stored.decide([sst2(PRAISE[0])])[0].label_bias == ()
     assert stored.decide([sst2(PRAISE[0], rule="fused")])[0].label_bias
     told = ExitRetriever.open(str(copy), backbone=BACKBONE, fraction=0.5)
