@@ -7,6 +7,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.models import SUPPORTED
 from raee_serve.engine.models.truncated import TruncatedExecution
+from raee_serve_patches.seeded_chunks import undrawn_while_incomplete
 from raee_serve_patches.v1_step import V1Step
 
 
@@ -26,6 +27,10 @@ class TruncatingCPUWorker(CPUWorker):
     def execute_model(self, scheduler_output: Any) -> Any:
         with self.step.running(scheduler_output):
             return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        with undrawn_while_incomplete(self.model_runner):
+            return super().sample_tokens(grammar_output)
 
 
 def _truncated_model(model: Any) -> TruncatedExecution:
