@@ -39,6 +39,11 @@ COMMANDS = (
         forwards=True,
     ),
     Command(
+        "preview",
+        "raee_serve.server.preview_command",
+        "show what would be decided for a prompt, and why, without an engine",
+    ),
+    Command(
         "eval",
         "raee_serve.evaluation.run",
         "measure accuracy and depth through a server (takes any flag of `serve`)",

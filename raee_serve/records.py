@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from raee_serve.errors import RaeeError
+from raee_serve.explanation import Explanation
 
 
 class Reason(StrEnum):
@@ -13,6 +14,8 @@ class Reason(StrEnum):
 
     RETRIEVED = "retrieved"  # the neighbours' exit information chose the layer
     OVERRIDE = "override"  # the request, or the server's --exit-layer, fixed the layer
+    OFF = "off"  # the request, or the server's RAEE_OFF, wants vanilla vLLM
+    SHADOW = "shadow"  # an exit was chosen, and --shadow keeps it from being run
     UNMATCHED = "unmatched"  # no known task: neither named nor matched by its prompt
     UNCONSTRAINED = "unconstrained"  # label-word task, output not limited to the label words
     ADAPTER = "adapter"  # the request is for a LoRA adapter, which the table knows nothing of
@@ -29,8 +32,11 @@ class ExitDecision:
     exit_layer: 1..num_layers; num_layers is full depth.
     distance: cosine distance (0..2) to the nearest row looked at, None without a look-up.
     lookup_ms: wall time of the look-up this decision was part of.
-    label_bias: the exit's head: what it adds to the logits of the task's label words, in their
-        order; empty for the plain head.
+    label_bias: what the exit's head adds to the logits of the task's label words, in their order;
+        empty for the plain head.
+    head: the exit's head, see `retrieval.heads`.
+    explanation: where one was asked for and a look-up was made.
+    decided_layer: for SHADOW, the exit layer that is not run.
     """
 
     exit_layer: int
@@ -40,6 +46,9 @@ class ExitDecision:
     distance: float | None = None
     lookup_ms: float = 0.0
     label_bias: tuple[float, ...] = ()
+    head: str = "plain"
+    explanation: Explanation | None = None
+    decided_layer: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.exit_layer <= self.num_layers:
@@ -54,9 +63,12 @@ class ExitDecision:
         task: str | None = None,
         distance: float | None = None,
         lookup_ms: float = 0.0,
+        explanation: Explanation | None = None,
     ) -> ExitDecision:
         """Full depth, for `reason`."""
-        return cls(num_layers, num_layers, reason, task, distance, lookup_ms)
+        return cls(
+            num_layers, num_layers, reason, task, distance, lookup_ms, explanation=explanation
+        )
 
     @property
     def is_full(self) -> bool:

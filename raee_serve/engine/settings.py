@@ -1,6 +1,12 @@
 """What the extension asks of vLLM, and how a request says its exit layer."""
 
+import os
 from typing import Any
+
+from raee_serve.errors import RaeeError
+
+OFF_VARIABLE = "RAEE_OFF"
+"""Kill switch: set to 1, everything is vanilla vLLM: its own models, scheduler and worker."""
 
 EXIT_LAYER_KEY = "raee_exit_layer"
 """Key of `SamplingParams.extra_args` under which a request's exit layer travels (an int)."""
@@ -15,7 +21,11 @@ def engine_options() -> dict[str, Any]:
     The named classes are imported by vLLM itself, so an installation that cannot load them
     stops the engine instead of serving vanilla vLLM (invariant 6 of docs/architecture.md).
     Compilation is off: it gains nothing on CPU and adds a minute to every start.
+
+    With RAEE_OFF=1 the engine is vLLM's own, and exit layers have no effect.
     """
+    if is_off():
+        return {"enforce_eager": True}
     return {
         "scheduler_cls": SCHEDULER_CLS,
         "worker_cls": WORKER_CLS,
@@ -32,3 +42,11 @@ def exit_args(exit_layer: int) -> dict[str, int]:
     if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or exit_layer < 1:
         raise ValueError(f"exit layer is {exit_layer!r}; allowed: an integer of at least 1")
     return {EXIT_LAYER_KEY: exit_layer}
+
+
+def is_off() -> bool:
+    """Whether the kill switch is set. Raises RaeeError for a value that is neither 0 nor 1."""
+    value = os.environ.get(OFF_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise RaeeError(f"{OFF_VARIABLE} is {value!r}; allowed: 0 or 1")
+    return value == "1"

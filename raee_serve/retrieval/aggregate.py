@@ -86,12 +86,16 @@ def exits(
         raise RaeeError(f"fraction {fraction} is not within (0, 1]")
     if evidence.shape[:-2] != distances.shape or 0 in evidence.shape[-3:]:
         raise RaeeError(f"evidence {evidence.shape} does not fit distances {distances.shape}")
-    evidence = evidence.astype(np.float64)
-    scores = rule.score(evidence, neighbour_weights(distances))
+    scores = exit_scores(rule, evidence, distances)
     layers = rule.choose(scores.max(axis=-2), fraction)
     at_layer = np.take_along_axis(scores, layers[..., None, None], axis=-1)[..., 0]
     found = evidence.any(axis=(-1, -2, -3))
     return np.where(found, 1 + layers, NO_EVIDENCE), at_layer.argmax(axis=-1)
+
+
+def exit_scores(rule: Rule, evidence: NDArray, distances: NDArray) -> Array:
+    """[..., num_heads, num_layers]: the neighbours' evidence, as the rule weighs it."""
+    return rule.score(evidence.astype(np.float64), neighbour_weights(distances))
 
 
 def neighbour_weights(distances: NDArray) -> Array:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError, TableError
+from raee_serve.explanation import Explanation
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.aggregate import (
@@ -19,8 +21,10 @@ from raee_serve.retrieval.aggregate import (
     DEFAULT_LABEL_RULE,
     DEFAULT_VOTE_WEIGHT,
     decide,
+    exit_scores,
     rule_named,
 )
+from raee_serve.retrieval.cost import LookupCost
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import (
     VOTE_K,
@@ -59,18 +63,23 @@ class Lookup:
 
     candidates: names of the tasks it may belong to, one or more; rows of all of them are searched.
     key_text: what the prompt says in the template's slot. k, rule: None for the defaults.
+    min_layer: the rule reads no layer before this one (1..num_layers).
+    explain: whether the decision is to carry an `Explanation`.
     """
 
     candidates: tuple[str, ...]
     key_text: str
     k: int | None = None
     rule: str | None = None
+    min_layer: int = 1
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TaskIndex:
     """The rows of one task, as a look-up needs them.
 
+    ids: n row ids.
     vectors: [n, dimension] float32, L2-normalised.
     evidence: [n, len(HEADS), num_layers] float32, see `aggregate`; for free text the heads after
         the first hold nothing.
@@ -80,6 +89,7 @@ class TaskIndex:
     heads: those that bias label words, by name; empty for free text.
     """
 
+    ids: list[str]
     vectors: NDArray[np.float32]
     evidence: NDArray[np.float32]
     labels: NDArray[np.int32]
@@ -89,15 +99,22 @@ class TaskIndex:
 
 
 class ExitRetriever:
-    """Decides exits from rows held in memory; the table is not touched after `open`."""
+    """Decides exits from rows held in memory; the table is not touched after `open`.
+
+    observe: told the cost of each batch, on the thread that calls `decide`.
+    """
 
     def __init__(
         self,
         encoder: Encoder,
         metadata: TableMetadata,
         indexes: Mapping[str, TaskIndex],
+        table_version: int,
     ) -> None:
+        self.observe: Callable[[LookupCost], None] = lambda _: None
+        self.table_version = table_version
         self._encoder = VectorCache(encoder)
+        self._ids = [row_id for index in indexes.values() for row_id in index.ids]
         self._vectors = np.concatenate([index.vectors for index in indexes.values()])
         self._evidence = np.concatenate([index.evidence for index in indexes.values()])
         self._labels = np.concatenate([index.labels for index in indexes.values()])
@@ -113,6 +130,7 @@ class ExitRetriever:
             for name, end, size in zip(indexes, ends, sizes, strict=True)
         }
         self.num_rows = len(self._vectors)
+        self.rows_by_task = {name: len(index.vectors) for name, index in indexes.items()}
         self.num_layers = metadata.backbone.num_layers
         self.tasks: Mapping[str, Task] = {name: TASKS[name] for name in indexes}
         self.label_token_ids: Mapping[str, tuple[int, ...]] = {
@@ -156,7 +174,7 @@ class ExitRetriever:
         filled = {name: index for name, index in indexes.items() if len(index.vectors)}
         if not filled:
             raise TableError(f"exit table {uri} holds no rows; build it first")
-        return cls(model, metadata, filled)
+        return cls(model, metadata, filled, table.version)
 
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
@@ -168,12 +186,16 @@ class ExitRetriever:
         start = time.perf_counter()
         for lookup in lookups:
             self._check(lookup)
-        vectors = self._encoder.encode([lookup.key_text for lookup in lookups])
+        cost = LookupCost()
+        vectors = self._encoded(lookups, cost)
         decisions: dict[int, ExitDecision] = {}
         for candidates, members in _by_candidates(lookups).items():
-            rows, distances = self._distances(candidates, vectors[members])
-            for i, own_distances in zip(members, distances, strict=True):
-                decisions[i] = self._decide_one(lookups[i], rows, own_distances)
+            with cost.of("search"):
+                rows, distances = self._distances(candidates, vectors[members])
+            with cost.of("aggregate"):
+                for i, own_distances in zip(members, distances, strict=True):
+                    decisions[i] = self._decide_one(lookups[i], rows, own_distances)
+        self.observe(cost)
         lookup_ms = (time.perf_counter() - start) * 1000
         return [replace(decisions[i], lookup_ms=lookup_ms) for i in range(len(lookups))]
 
@@ -188,6 +210,15 @@ class ExitRetriever:
                 f"tasks {lookup.candidates} must be one or more of this table's: "
                 f"{', '.join(self._names)}"
             )
+
+    def _encoded(self, lookups: Sequence[Lookup], cost: LookupCost) -> NDArray[np.float32]:
+        """[len(lookups), dimension] vectors of the key texts."""
+        cache = self._encoder
+        hits, misses = cache.hits, cache.misses
+        with cost.of("encode"):
+            vectors = cache.encode([lookup.key_text for lookup in lookups])
+        cost.cache_hits, cost.cache_misses = cache.hits - hits, cache.misses - misses
+        return vectors
 
     def _distances(
         self, candidates: tuple[str, ...], queries: NDArray[np.float32]
@@ -207,16 +238,26 @@ class ExitRetriever:
         rule = rule_named(choice.rule)
         heads: tuple[HeadName, ...] = rule.heads if self._heads[owner] else ("plain",)
         nearest = _smallest(distances, choice.k)
-        distance = float(distances[nearest[0]])
-        found = {"task": self._names[owner], "distance": distance}
-        if distance > self._bounds[owner]:
+        neighbours, near = rows[nearest], distances[nearest]
+        skipped = lookup.min_layer - 1
+        evidence = self._evidence[neighbours][:, [HEADS.index(head) for head in heads], skipped:]
+        found: dict[str, Any] = {"task": self._names[owner], "distance": float(near[0])}
+        if lookup.explain:
+            found["explanation"] = Explanation(
+                tuple(zip((self._ids[row] for row in neighbours), near.tolist(), strict=True)),
+                dict(zip(heads, exit_scores(rule, evidence, near).tolist(), strict=True)),
+                choice,
+                self._bounds[owner],
+                lookup.min_layer,
+            )
+        if near[0] > self._bounds[owner]:
             return ExitDecision.full(self.num_layers, Reason.FAR, **found)
-        evidence = self._evidence[rows[nearest]][:, [HEADS.index(head) for head in heads]]
-        chosen = decide(rule, evidence, distances[nearest], fraction=choice.fraction)
+        chosen = decide(rule, evidence, near, fraction=choice.fraction)
         if chosen is None:
             return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **found)
-        layer, head = chosen[0], heads[chosen[1]]
-        bias = self._label_bias(head, layer, owner, rows[nearest], distances[nearest], rows)
+        found["head"] = head = heads[chosen[1]]
+        layer = skipped + chosen[0]
+        bias = self._label_bias(head, layer, owner, neighbours, near, rows)
         return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **found, label_bias=bias)
 
     def _label_bias(
@@ -286,7 +327,7 @@ def _load_index(
         labels = rows.golds
         heads, evidence[:, 1:] = _biasing_heads(rows, entry, choice.vote_weight)
     bound = _distance_bound(rows.vectors) if max_distance is None else max_distance
-    return TaskIndex(rows.vectors, evidence, labels, bound, choice, heads)
+    return TaskIndex(rows.ids, rows.vectors, evidence, labels, bound, choice, heads)
 
 
 def _default_choice(entry: TaskEntry) -> RuleChoice:

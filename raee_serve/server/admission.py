@@ -13,8 +13,9 @@ from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.aggregate import RULES
 from raee_serve.retrieval.retriever import Lookup
 from raee_serve.server.limits import LabelOutputs, LabelTokens, OutputLimit
-from raee_serve.server.options import RaeeOptions, parse_options
+from raee_serve.server.options import OptionError, RaeeOptions, parse_options
 from raee_serve.server.prompts import Kind, TextPrompt, is_rendered_plainly, is_text, whole_text
+from raee_serve.server.valves import Valves
 from raee_serve.table.task import Task
 
 
@@ -43,6 +44,7 @@ class Admission:
     fixed_layer: depth of every request that asks for none; None where look-ups decide.
     k, rule: defaults for look-ups; None leaves them to the retriever.
     served_names: what the backbone is called; any other model name is a LoRA adapter's.
+    off: vanilla vLLM for everybody, whatever a request asks for.
     """
 
     num_layers: int
@@ -52,6 +54,8 @@ class Admission:
     k: int | None = None
     rule: str | None = None
     served_names: Collection[str] = ()
+    valves: Valves = field(default_factory=Valves)
+    off: bool = False
 
     @property
     def default_layer(self) -> int:
@@ -60,13 +64,23 @@ class Admission:
 
     def options(self, body: dict[str, Any]) -> RaeeOptions:
         """The body's `raee` object, checked. Raises OptionError."""
-        return parse_options(
+        if self.off:
+            return RaeeOptions(off=True)
+        options = parse_options(
             body.get("raee"), num_layers=self.num_layers, tasks=self.tasks, rules=RULES
         )
+        least = self.valves.least_layer([options.task] if options.task else [])
+        if options.exit_layer is not None and options.exit_layer < least:
+            raise OptionError(
+                "raee.exit_layer",
+                f"raee.exit_layer is {options.exit_layer}; allowed on this server "
+                f"(--min-exit-layer): {least}..{self.num_layers}",
+            )
+        return options
 
     def needs_text(self, options: RaeeOptions) -> bool:
         """Whether the prompts' texts bear on the plan."""
-        return options.exit_layer is None and self.fixed_layer is None
+        return not options.off and options.exit_layer is None and self.fixed_layer is None
 
     def plan(
         self,
@@ -78,9 +92,11 @@ class Admission:
         """One entry per prompt, and the body without `raee` and with label limits set.
 
         Naming a label-word task limits the output to its label words at any depth, unless the
-        client limited it already: then what the client wrote stands.
+        client limited it already: then what the client wrote stands. `off` sets no limit either.
         """
         body = {key: value for key, value in body.items() if key != "raee"}
+        if options.off:
+            return Plan((self._full(Reason.OFF, options.task),) * len(prompts), body)
         limit = OutputLimit.of(body)
         label = self.labels.get(options.task) if options.task else None
         if label is not None and not limit.is_set:
@@ -127,6 +143,8 @@ class Admission:
             key_text=key,
             k=options.k or self.k,
             rule=options.rule or self.rule,
+            min_layer=self.valves.least_layer(candidates),
+            explain=options.explain,
         )
 
     def _named(self, name: str, prompt: TextPrompt) -> dict[str, str]:

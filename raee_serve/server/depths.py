@@ -10,17 +10,29 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from raee_serve.server.sampling import Rerun
+
 
 @dataclass(frozen=True, slots=True)
 class PromptDepth:
     """exit_layer: 1..num_layers. token_bias: (token id, what the exit's head adds to its logit).
 
     first_tokens: of which one is to be sampled first; empty: any.
+    comparison: how it runs once more, after its answer, if it is drawn; None: never.
     """
 
     exit_layer: int
     token_bias: tuple[tuple[int, float], ...] = ()
     first_tokens: tuple[int, ...] = ()
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The other depth of a prompt, and the task that it counts for."""
+
+    depth: PromptDepth
+    task: str
 
 
 class RequestDepths:
@@ -28,11 +40,14 @@ class RequestDepths:
 
     vLLM's endpoints start one generation per prompt, in order. Only beam search starts more, and
     then all prompts of the request are to run alike.
+
+    reruns: of the drawn prompts that were answered in full; the engine client adds to it.
     """
 
     def __init__(self, depths: Sequence[PromptDepth]) -> None:
         self._depths = tuple(depths)
         self._given = 0
+        self.reruns: list[Rerun] = []
 
     def take(self) -> PromptDepth | None:
         """The next prompt's depth; None once every prompt has had its own."""
@@ -48,13 +63,13 @@ _current: ContextVar[RequestDepths | None] = ContextVar("raee_request_depths", d
 
 
 @contextmanager
-def request_depths(depths: Sequence[PromptDepth] | None) -> Iterator[None]:
+def request_depths(depths: RequestDepths | None) -> Iterator[None]:
     """Within it, and in tasks started from it, generations run at these depths.
 
     None for a request that admission does not read. It must be said, not left out: uvicorn starts
     a pipelined request in the context of the one before it.
     """
-    token = _current.set(None if depths is None else RequestDepths(depths))
+    token = _current.set(depths)
     try:
         yield
     finally:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncGenerator
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
 from raee_serve.engine.settings import EXIT_LAYER_KEY
-from raee_serve.server.depths import PromptDepth, current_depths
+from raee_serve.server.depths import PromptDepth, RequestDepths, current_depths
 from raee_serve.server.gate import Gate
 from raee_serve.server.limits import with_first_tokens
+from raee_serve.server.sampling import Answer, Rerun
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.outputs import RequestOutput
-    from vllm.sampling_params import SamplingParams
 
 RESERVED_PREFIX = "raee_"
 """Keys of `extra_args` that are ours alone; clients reach that dict through `vllm_xargs`."""
@@ -36,7 +41,7 @@ class DepthClient:
         return getattr(self._engine, name)
 
     def generate(
-        self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `EngineClient.generate`, at the depth decided for this prompt.
 
@@ -44,7 +49,40 @@ class DepthClient:
         """
         depths = current_depths()
         depth = self._unread if depths is None else depths.take() or self._full
-        return self._engine.generate(prompt, at_depth(sampling_params, depth), *args, **kwargs)
+        outputs = self._engine.generate(
+            prompt, at_depth(sampling_params, depth), request_id, **kwargs
+        )
+        if depths is None or depth.comparison is None:
+            return outputs
+        if self.gate.sampler is None or not self.gate.sampler.draws(sampling_params):
+            return outputs
+        again = once_more(sampling_params, depth.comparison.depth)
+        start = partial(self._engine.generate, prompt, again, f"raee-{uuid.uuid4()}", **kwargs)
+        is_delta = sampling_params.output_kind is RequestOutputKind.DELTA
+        task = depth.comparison.task
+        return _noting(outputs, Answer(is_delta=is_delta), depths, partial(Rerun, task, start))
+
+
+async def _noting(
+    outputs: AsyncGenerator[RequestOutput, None],
+    answer: Answer,
+    depths: RequestDepths,
+    rerun: Callable[[tuple[int, ...]], Rerun],
+) -> AsyncGenerator[RequestOutput, None]:
+    """`outputs` as they come; once they are complete, the prompt is to run again."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            answer.add(output)
+            yield output
+    depths.reruns.append(rerun(answer.tokens))
+
+
+def once_more(params: SamplingParams, depth: PromptDepth) -> SamplingParams:
+    """What to ask for in a second run, of which only the first completion's tokens count."""
+    own = at_depth(params, depth)
+    own.n, own.logprobs, own.prompt_logprobs = 1, None, None
+    own.output_kind = RequestOutputKind.FINAL_ONLY
+    return own
 
 
 def at_depth(params: SamplingParams, depth: PromptDepth) -> SamplingParams:

@@ -4,31 +4,53 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.retriever import Lookup
+from raee_serve.server.access import Access
 from raee_serve.server.admission import Admission, Plan
-from raee_serve.server.depths import PromptDepth
+from raee_serve.server.depths import Comparison, PromptDepth
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
+from raee_serve.server.options import OptionError, RaeeOptions, RequestError
 from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, TokenIds, read_prompts
+from raee_serve.server.sampling import FullDepthSampler
+from raee_serve.server.valves import in_shadow
 
 Detokenize = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """decisions: one per prompt, in prompt order. plan: what they were made from."""
+    """decided: one per prompt, in prompt order. plan: what they were made from.
 
-    decisions: tuple[ExitDecision, ...]
+    shadow: what was decided is recorded and not run. explain: the answer is to say why.
+    """
+
+    decided: tuple[ExitDecision, ...]
     plan: Plan
+    shadow: bool = False
+    explain: bool = False
+
+    @property
+    def decisions(self) -> tuple[ExitDecision, ...]:
+        """What is run, and why."""
+        return tuple(map(in_shadow, self.decided)) if self.shadow else self.decided
 
     @property
     def depths(self) -> list[PromptDepth]:
         """How each prompt is to run, in prompt order."""
-        return [self._depth(decision) for decision in self.decisions]
+        return [self._with_comparison(decision) for decision in self.decided]
+
+    def _with_comparison(self, decision: ExitDecision) -> PromptDepth:
+        """A prompt's depth, and the other one where there are two: what was decided, and full."""
+        decided, full = self._depth(decision), PromptDepth(decision.num_layers)
+        run, other = (full, decided) if self.shadow else (decided, full)
+        if run == other or self.plan.body.get("use_beam_search"):
+            return run
+        return replace(run, comparison=Comparison(other, decision.task or "-"))
 
     def _depth(self, decision: ExitDecision) -> PromptDepth:
         words = self.plan.label_tokens.get(decision.task or "", ())
@@ -45,33 +67,68 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Gate:
-    """lookups: None where a fixed depth leaves nothing to look up."""
+    """lookups: None where a fixed depth leaves nothing to look up.
+
+    sampler: None unless a share of the prompts runs at both depths.
+    table_version: None without a table.
+    """
 
     admission: Admission
     lookups: LookupBatcher | None
     detokenize: Detokenize
     metrics: DecisionMetrics
+    access: Access = field(default_factory=Access)
+    sampler: FullDepthSampler | None = None
+    table_version: int | None = None
 
     async def admit(self, kind: Kind, body: dict[str, Any]) -> Admitted | None:
         """Decide every prompt of a body; None if it has none that vLLM would run.
 
-        Raises OptionError for a bad `raee` object, and nothing else that a client can cause.
+        Raises RequestError for a bad `raee` object or too many prompts, and nothing else that a
+        client can cause.
         """
-        options = self.admission.options(body)
+        admitted = await self._admitted(kind, body, self._options(body))
+        if admitted is not None:
+            self.metrics.record(admitted.decisions)
+        return admitted
+
+    async def preview(self, kind: Kind, body: dict[str, Any]) -> Admitted | None:
+        """As `admit`, uncounted, and explained where the server explains."""
+        options = self._options(body)
+        return await self._admitted(
+            kind, body, replace(options, explain=self.access.allows("explain"))
+        )
+
+    async def _admitted(
+        self, kind: Kind, body: dict[str, Any], options: RaeeOptions
+    ) -> Admitted | None:
         raw = read_prompts(kind, body)
         if raw is None:
             return None
+        if len(raw) > self.access.max_prompts:
+            raise RequestError(
+                "prompt",
+                f"prompt holds {len(raw)} prompts; allowed: at most "
+                f"{self.access.max_prompts} (--max-prompts)",
+            )
         prompts: Sequence[TextPrompt] = [None] * len(raw)
         if self.admission.needs_text(options):
             prompts = await self._texts(raw)
         plan = self.admission.plan(kind, body, options, prompts)
-        decisions = await self._decided(plan.entries)
-        self.metrics.record(decisions)
-        return Admitted(decisions, plan)
+        decided = await self._decided(plan.entries)
+        return Admitted(decided, plan, self.admission.valves.shadow, options.explain)
 
     def close(self) -> None:
         if self.lookups is not None:
             self.lookups.close()
+        if self.sampler is not None:
+            self.sampler.close()
+
+    def _options(self, body: dict[str, Any]) -> RaeeOptions:
+        options = self.admission.options(body)
+        if options.explain and not self.access.allows("explain"):
+            raise OptionError("raee.explain", "raee.explain is switched off (--disable-explain)")
+        return options
 
     async def _texts(self, prompts: Sequence[RawPrompt]) -> Sequence[TextPrompt]:
         """Token ids as text, decoded off the event loop; other prompts as they are."""

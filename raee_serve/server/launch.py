@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raee_serve.server import access, valves
 from raee_serve.server.settings import DepthSettings
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="a prompt whose look-up takes longer runs at full depth (default: 250)",
     )
+    valves.add_arguments(parser)
+    access.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         fraction=args.fraction,
         vote_weight=args.vote_weight,
     )
+    safety, surface = valves.Valves.of(args), access.Access.of(args)
     import uvloop
 
     from raee_serve.engine.settings import engine_options
@@ -85,11 +89,16 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     serve_args = vllm_server.parse_serve_args(rest)
     vllm_server.with_options(serve_args, engine_options())
     vllm_server.prefer_native_dtype(serve_args)
-    gate = _gate(serve_args, settings)
+    gate = _gate(serve_args, settings, safety, surface)
     uvloop.run(vllm_server.serve(serve_args, gate))
 
 
-def _gate(serve_args: argparse.Namespace, settings: DepthSettings) -> Gate:
+def _gate(
+    serve_args: argparse.Namespace,
+    settings: DepthSettings,
+    safety: valves.Valves,
+    surface: access.Access,
+) -> Gate:
     """Resolve MODEL in place, so that what is served is what the table is checked against."""
     from raee_serve.checkpoints import local_checkpoint
     from raee_serve.fingerprint import identify_backbone
@@ -105,4 +114,5 @@ def _gate(serve_args: argparse.Namespace, settings: DepthSettings) -> Gate:
     serve_args.model = serve_args.model_tag = str(checkpoint)
     serve_args.served_model_name = serve_args.served_model_name or [name]
     tokenizer = Path(serve_args.tokenizer or checkpoint)
-    return load_gate(settings, backbone, tokenizer, serve_args.served_model_name)
+    names = serve_args.served_model_name
+    return load_gate(settings, backbone, tokenizer, names, safety, surface)

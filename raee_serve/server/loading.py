@@ -7,15 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from raee_serve.engine.settings import OFF_VARIABLE, is_off
 from raee_serve.errors import RaeeError
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.retrieval.retriever import ExitRetriever
+from raee_serve.server.access import Access
 from raee_serve.server.admission import Admission
 from raee_serve.server.gate import Gate
 from raee_serve.server.limits import LabelOutputs
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
+from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.settings import DepthSettings
+from raee_serve.server.valves import Valves
 
 
 def load_gate(
@@ -23,6 +29,9 @@ def load_gate(
     backbone: BackboneIdentity,
     checkpoint: Path,
     served_names: Sequence[str],
+    valves: Valves | None = None,
+    access: Access | None = None,
+    registry: CollectorRegistry = REGISTRY,
 ) -> Gate:
     """The gate of a server that serves `backbone` as `served_names`.
 
@@ -31,16 +40,20 @@ def load_gate(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    admission, lookups = (
-        _retrieved(settings, backbone, tokenizer, served_names)
-        if settings.table
-        else _fixed(settings, backbone)
-    )
+    metrics = DecisionMetrics(backbone.num_layers, registry)
+    valves, access = valves or Valves(), access or Access()
+    admission, retriever = _admission(settings, backbone, tokenizer, served_names, valves)
+    if not admission.off:
+        valves.check(admission.num_layers, admission.tasks)
+        print(f"raee-serve: valves: {valves}; {access}", flush=True)
     return Gate(
         admission=admission,
-        lookups=lookups,
+        lookups=None if retriever is None else _lookups(retriever, settings, metrics),
         detokenize=partial(_text_of, tokenizer),
-        metrics=DecisionMetrics(backbone.num_layers),
+        metrics=metrics,
+        access=access,
+        sampler=FullDepthSampler(valves.sample_full, metrics) if valves.sample_full else None,
+        table_version=None if retriever is None else retriever.table_version,
     )
 
 
@@ -50,15 +63,31 @@ def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
-def _fixed(settings: DepthSettings, backbone: BackboneIdentity) -> tuple[Admission, None]:
+def _admission(
+    settings: DepthSettings,
+    backbone: BackboneIdentity,
+    tokenizer: Any,
+    served_names: Sequence[str],
+    valves: Valves,
+) -> tuple[Admission, ExitRetriever | None]:
+    if is_off():
+        print(f"raee-serve: {OFF_VARIABLE}=1: every request runs vanilla vLLM", flush=True)
+        return Admission(backbone.num_layers, off=True), None
+    if settings.table is None:
+        return _fixed(settings, backbone, valves), None
+    return _retrieved(settings, backbone, tokenizer, served_names, valves)
+
+
+def _fixed(settings: DepthSettings, backbone: BackboneIdentity, valves: Valves) -> Admission:
     num_layers = backbone.num_layers
     layer = num_layers if settings.exit_layer == "full" else _number(settings.exit_layer)
-    if not 1 <= layer <= num_layers:
+    if not valves.min_layer <= layer <= num_layers:
         raise RaeeError(
-            f"--exit-layer is {settings.exit_layer!r}; allowed: 1..{num_layers} or 'full'"
+            f"--exit-layer is {settings.exit_layer!r}; allowed: "
+            f"{valves.min_layer}..{num_layers} or 'full'"
         )
     print(f"raee-serve: every request runs {layer} of {num_layers} layers", flush=True)
-    return Admission(num_layers, fixed_layer=layer), None
+    return Admission(num_layers, fixed_layer=layer, valves=valves)
 
 
 def _retrieved(
@@ -66,7 +95,8 @@ def _retrieved(
     backbone: BackboneIdentity,
     tokenizer: Any,
     served_names: Sequence[str],
-) -> tuple[Admission, LookupBatcher]:
+    valves: Valves,
+) -> tuple[Admission, ExitRetriever]:
     assert settings.table is not None
     retriever = ExitRetriever.open(
         settings.table,
@@ -88,20 +118,30 @@ def _retrieved(
         k=settings.k,
         rule=settings.rule,
         served_names=frozenset(served_names),
-    )
-    lookups = LookupBatcher(
-        retriever.decide,
-        num_layers=retriever.num_layers,
-        timeout_s=settings.lookup_timeout_ms / 1000,
+        valves=valves,
     )
     rules = (f"{name} {settings.rule or c.rule}" for name, c in retriever.choices.items())
     print(
-        f"raee-serve: exit table {settings.table}: {retriever.num_rows:,} rows\n"
+        f"raee-serve: exit table {settings.table}: {retriever.num_rows:,} rows, "
+        f"version {retriever.table_version}\n"
         f"raee-serve: tasks and their rules: {', '.join(rules)}\n"
         f"raee-serve: look-ups: time-out {settings.lookup_timeout_ms:g} ms",
         flush=True,
     )
-    return admission, lookups
+    return admission, retriever
+
+
+def _lookups(
+    retriever: ExitRetriever, settings: DepthSettings, metrics: DecisionMetrics
+) -> LookupBatcher:
+    retriever.observe = metrics.looked_up
+    metrics.table(retriever.table_version, retriever.rows_by_task)
+    return LookupBatcher(
+        retriever.decide,
+        num_layers=retriever.num_layers,
+        timeout_s=settings.lookup_timeout_ms / 1000,
+        observe_wait=metrics.waited,
+    )
 
 
 def _number(text: str | None) -> int:

@@ -25,6 +25,7 @@ Decide = Callable[[Sequence[Lookup]], list[ExitDecision]]
 class _Waiting:
     lookup: Lookup
     decision: asyncio.Future[ExitDecision]
+    since: float
 
 
 class LookupBatcher:
@@ -33,10 +34,20 @@ class LookupBatcher:
     While a batch is being decided the look-ups that arrive collect into the next one, so batches
     grow with load and a lone prompt never waits for company. A look-up that fails or is late
     becomes a decision for full depth: nothing is raised into a request.
+
+    observe_wait: told the seconds that each look-up waited for its batch.
     """
 
-    def __init__(self, decide: Decide, *, num_layers: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        decide: Decide,
+        *,
+        num_layers: int,
+        timeout_s: float,
+        observe_wait: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self._decide = decide
+        self._observe_wait = observe_wait
         self._num_layers = num_layers
         self._timeout_s = timeout_s
         self._waiting: deque[_Waiting] = deque()
@@ -50,7 +61,7 @@ class LookupBatcher:
             return []
         start = time.perf_counter()
         loop = asyncio.get_running_loop()
-        entries = [_Waiting(lookup, loop.create_future()) for lookup in lookups]
+        entries = [_Waiting(lookup, loop.create_future(), start) for lookup in lookups]
         self._waiting.extend(entries)
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._run())
@@ -87,6 +98,8 @@ class LookupBatcher:
 
     async def _decided(self, batch: list[_Waiting]) -> list[ExitDecision]:
         lookups = [entry.lookup for entry in batch]
+        for entry in batch:
+            self._observe_wait(time.perf_counter() - entry.since)
         loop = asyncio.get_running_loop()
         try:
             decisions = await loop.run_in_executor(self._thread, self._decide, lookups)

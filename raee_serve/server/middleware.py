@@ -7,22 +7,32 @@ streamed response leave before anything is generated.
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from raee_serve.records import ExitDecision
-from raee_serve.server.depths import request_depths
+from raee_serve.server.depths import RequestDepths, request_depths
+from raee_serve.server.explain import raee_object, with_raee
 from raee_serve.server.gate import Admitted, Gate
-from raee_serve.server.options import OptionError
+from raee_serve.server.options import RequestError
 from raee_serve.server.prompts import Kind
+from raee_serve.server.request_body import (
+    is_json,
+    parsed,
+    read_body,
+    rendered,
+    replay,
+    with_length,
+)
+from raee_serve.server.request_errors import error_response
+from raee_serve.server.routes import answer, is_ours
+from raee_serve.server.tracing import record_span
 
 MIDDLEWARE = "raee_serve.server.middleware.RaeeMiddleware"
 """Import path, as vLLM's `--middleware` takes it."""
@@ -35,34 +45,61 @@ class RaeeMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kind = _kind(scope)
-        if kind is None or not _is_json(scope) or not _is_authorized(self.app, scope):
+        path = _path(scope)
+        handle = self._answer if is_ours(path) else self._admit if path in ROUTES else None
+        if handle is None or not _is_authorized(self.app, scope):
             return await self._pass_on(scope, receive, send)
-        raw = await _read_body(receive)
+        try:
+            await handle(path, scope, receive, send)
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+
+    async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await answer(_gate(scope), path, scope, receive)
+        await response(scope, receive, send)
+
+    async def _admit(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST" or not is_json(scope):
+            return await self._pass_on(scope, receive, send)
+        gate = _gate(scope)
+        raw = await read_body(scope, receive, gate.access.max_body_bytes)
         if raw is None:
             return  # the client left before its request was complete
-        body = _parsed(raw)
-        gate: Gate = scope["app"].state.engine_client.gate
-        try:
-            admitted = None if body is None else await gate.admit(kind, body)
-        except OptionError as error:
-            return await _bad_request(error)(scope, receive, send)
+        admitted = await _admitted(gate, ROUTES[path], scope, raw)
         if admitted is None:  # vLLM has its own answer to what it would not run
-            return await self._pass_on(scope, _replay(raw, receive), send)
-        await self._run(admitted, scope, receive, send)
+            return await self._pass_on(scope, replay(raw, receive), send)
+        raw = rendered(admitted.plan.body)
+        await self._run(gate, admitted, with_length(scope, len(raw)), replay(raw, receive), send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         with request_depths(None):
             await self.app(scope, receive, send)
 
-    async def _run(self, admitted: Admitted, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = json.dumps(admitted.plan.body).encode()
-        with request_depths(admitted.depths):
-            await self.app(
-                _with_length(scope, len(raw)),
-                _replay(raw, receive),
-                _with_headers(send, decision_headers(admitted.decisions)),
-            )
+    async def _run(
+        self, gate: Gate, admitted: Admitted, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        send = _with_headers(send, decision_headers(admitted.decisions))
+        if admitted.explain:
+            send = with_raee(send, raee_object(admitted.decisions, gate.table_version))
+        depths = RequestDepths(admitted.depths)
+        with request_depths(depths):
+            await self.app(scope, receive, send)
+        if gate.sampler is not None:
+            gate.sampler.submit(depths.reruns)
+
+
+def _gate(scope: Scope) -> Gate:
+    gate: Gate = scope["app"].state.engine_client.gate
+    return gate
+
+
+async def _admitted(gate: Gate, kind: Kind, scope: Scope, raw: bytes) -> Admitted | None:
+    """The body's decisions, traced; None if vLLM would not run it. Raises RequestError."""
+    body, started_ns = parsed(raw), time.time_ns()
+    admitted = None if body is None else await gate.admit(kind, body)
+    if admitted is not None:
+        record_span(scope, started_ns, admitted.decisions)
+    return admitted
 
 
 def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
@@ -72,6 +109,8 @@ def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
         return ", ".join("-" if value is None else str(value) for value in values)
 
     distances = [None if d.distance is None else f"{d.distance:.4f}" for d in decisions]
+    decided = [d.decided_layer for d in decisions]
+    shadow = {"x-raee-decided-layer": joined(decided)} if any(decided) else {}
     return {
         "x-raee-exit-layer": joined([d.exit_layer for d in decisions]),
         "x-raee-num-layers": joined([d.num_layers for d in decisions]),
@@ -79,19 +118,16 @@ def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
         "x-raee-task": joined([d.task for d in decisions]),
         "x-raee-distance": joined(distances),
         "x-raee-lookup-ms": joined([f"{d.lookup_ms:.1f}" for d in decisions]),
+        **shadow,
     }
 
 
-def _kind(scope: Scope) -> Kind | None:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return None
-    return ROUTES.get(scope["path"].removeprefix(scope.get("root_path", "")))
-
-
-def _is_json(scope: Scope) -> bool:
-    """As vLLM's own check of the content type, which answers 400 to anything else."""
-    content_type = Headers(scope=scope).get("content-type", "")
-    return content_type.lower().split(";", maxsplit=1)[0] == "application/json"
+def _path(scope: Scope) -> str:
+    """Of an HTTP request, as routes are named; "" for anything else, and for what CORS asks."""
+    if scope["type"] != "http" or scope["method"] == "OPTIONS":
+        return ""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _is_authorized(app: ASGIApp, scope: Scope) -> bool:
@@ -103,44 +139,6 @@ def _is_authorized(app: ASGIApp, scope: Scope) -> bool:
     return AuthenticationMiddleware(app, tokens).verify_token(Headers(scope=scope))
 
 
-async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body; None if the client disconnected."""
-    chunks = []
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _parsed(raw: bytes) -> dict[str, Any] | None:
-    """The body as an object; None if it is no JSON object."""
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return body if isinstance(body, dict) else None
-
-
-def _replay(raw: bytes, receive: Receive) -> Receive:
-    """A channel that gives `raw` as the body, and then what else the client sends."""
-    pending: list[Message] = [{"type": "http.request", "body": raw, "more_body": False}]
-
-    async def replayed() -> Message:
-        return pending.pop() if pending else await receive()
-
-    return replayed
-
-
-def _with_length(scope: Scope, length: int) -> Scope:
-    """The scope of a body of `length` bytes."""
-    dropped = (b"content-length", b"transfer-encoding")
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
-
-
 def _with_headers(send: Send, headers: dict[str, str]) -> Send:
     """Add `headers` to a response unless it reports an error."""
 
@@ -150,8 +148,3 @@ def _with_headers(send: Send, headers: dict[str, str]) -> Send:
         await send(message)
 
     return sending
-
-
-def _bad_request(error: OptionError) -> JSONResponse:
-    answer = create_error_response(str(error), param=error.parameter)
-    return JSONResponse(answer.model_dump(), status_code=answer.error.code)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from raee_serve.errors import RaeeError
@@ -11,15 +13,27 @@ from raee_serve.errors import RaeeError
 MAX_K = 1024
 """Most neighbours a client may ask for; keeps one request from costing a pass over the table."""
 
-FIELDS = ("exit_layer", "task", "k", "rule")
+FIELDS = ("exit_layer", "task", "k", "rule", "off", "explain")
+WITHOUT_TABLE = ("exit_layer", "off", "explain")
+"""Fields that mean something on a server without a table."""
 
 
-class OptionError(RaeeError):
-    """A bad `raee` object. `parameter` is the field at fault, as in `raee.k`."""
+class RequestError(RaeeError):
+    """A request that is refused. `parameter` is the field at fault, as in `raee.k`, if it is one's.
 
-    def __init__(self, parameter: str, message: str) -> None:
+    The message repeats at most the beginning of what the client sent.
+    """
+
+    def __init__(
+        self, parameter: str | None, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST
+    ) -> None:
         super().__init__(message)
         self.parameter = parameter
+        self.status = status
+
+
+class OptionError(RequestError):
+    """A bad `raee` object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +41,15 @@ class RaeeOptions:
     """What the request asked for; a field left at None is for the server to choose.
 
     exit_layer: 1..num_layers, "full" having been resolved to num_layers; None means "auto".
+    off: vanilla vLLM, whatever else is asked for. explain: put the decisions into the answer.
     """
 
     exit_layer: int | None = None
     task: str | None = None
     k: int | None = None
     rule: str | None = None
+    off: bool = False
+    explain: bool = False
 
 
 def parse_options(
@@ -46,24 +63,34 @@ def parse_options(
     if value is None:
         return RaeeOptions()
     if not isinstance(value, dict):
-        raise OptionError("raee", f"raee is {value!r}; allowed: an object with {_list(FIELDS)}")
-    if unknown := [key for key in value if key not in FIELDS]:
         raise OptionError(
-            f"raee.{unknown[0]}", f"raee has no field {unknown[0]!r}; allowed: {_list(FIELDS)}"
+            "raee", f"raee is {shown(value)}; allowed: an object with {_list(FIELDS)}"
+        )
+    if unknown := [key for key in value if key not in FIELDS]:
+        name = shown(unknown[0])
+        raise OptionError(
+            f"raee.{name[1:-1]}", f"raee has no field {name}; allowed: {_list(FIELDS)}"
         )
     given = {key: item for key, item in value.items() if item is not None}
-    if not tasks and (beside := [key for key in given if key != "exit_layer"]):
+    if not tasks and (beside := [key for key in given if key not in WITHOUT_TABLE]):
         raise OptionError(
             f"raee.{beside[0]}",
             f"raee.{beside[0]} needs an exit table, and this server was started without one "
-            "(--table); allowed: exit_layer",
+            f"(--table); allowed: {_list(WITHOUT_TABLE)}",
         )
     return RaeeOptions(
         exit_layer=_exit_layer(given.get("exit_layer", "auto"), num_layers),
         task=_one_of("task", given.get("task"), tasks),
         k=_k(given.get("k")),
         rule=_one_of("rule", given.get("rule"), rules),
+        off=_flag("off", given.get("off", False)),
+        explain=_flag("explain", given.get("explain", False)),
     )
+
+
+def shown(value: Any) -> str:
+    """A client's value for an error message: one line of ASCII, cut short where it is long."""
+    return reprlib.repr(value).encode("ascii", "backslashreplace").decode()
 
 
 def _exit_layer(value: Any, num_layers: int) -> int | None:
@@ -74,7 +101,7 @@ def _exit_layer(value: Any, num_layers: int) -> int | None:
     if not (_is_int(value) and 1 <= value <= num_layers):
         raise OptionError(
             "raee.exit_layer",
-            f"raee.exit_layer is {value!r}; allowed: an integer in 1..{num_layers}, "
+            f"raee.exit_layer is {shown(value)}; allowed: an integer in 1..{num_layers}, "
             "'full' or 'auto'",
         )
     return int(value)
@@ -82,14 +109,22 @@ def _exit_layer(value: Any, num_layers: int) -> int | None:
 
 def _k(value: Any) -> int | None:
     if value is not None and not (_is_int(value) and 1 <= value <= MAX_K):
-        raise OptionError("raee.k", f"raee.k is {value!r}; allowed: an integer in 1..{MAX_K}")
+        raise OptionError("raee.k", f"raee.k is {shown(value)}; allowed: an integer in 1..{MAX_K}")
+    return value
+
+
+def _flag(field: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(
+            f"raee.{field}", f"raee.{field} is {shown(value)}; allowed: true or false"
+        )
     return value
 
 
 def _one_of(field: str, value: Any, allowed: Collection[str]) -> str | None:
     if value is not None and (not isinstance(value, str) or value not in allowed):
         raise OptionError(
-            f"raee.{field}", f"raee.{field} is {value!r}; allowed: {_list(sorted(allowed))}"
+            f"raee.{field}", f"raee.{field} is {shown(value)}; allowed: {_list(sorted(allowed))}"
         )
     return value
 

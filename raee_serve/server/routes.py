@@ -1,0 +1,60 @@
+"""Our own routes, under /v1/raee/: the middleware hands them here, behind vLLM's API-key check.
+
+To add one, name its handler in HANDLERS; `--disable-NAME` comes with an entry in access.SWITCHES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope
+
+from raee_serve.server.explain import raee_object
+from raee_serve.server.gate import Gate
+from raee_serve.server.options import RequestError, shown
+from raee_serve.server.request_body import is_json, parsed, read_body
+
+PREFIX = "/v1/raee/"
+
+Handler = Callable[[Gate, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""(gate, body of the POST) -> body of the answer. Raises RequestError."""
+
+
+def is_ours(path: str) -> bool:
+    return path.startswith(PREFIX)
+
+
+async def answer(gate: Gate, path: str, scope: Scope, receive: Receive) -> Response:
+    """Of the route at `path`. Raises RequestError for a request that it does not take."""
+    name = path.removeprefix(PREFIX)
+    if name not in HANDLERS or not gate.access.allows(name):
+        raise RequestError(None, f"there is no {shown(path)} here", HTTPStatus.NOT_FOUND)
+    if scope["method"] != "POST":
+        raise RequestError(None, "allowed: POST", HTTPStatus.METHOD_NOT_ALLOWED)
+    if not is_json(scope):
+        raise RequestError(None, "the content type is to be application/json")
+    raw = await read_body(scope, receive, gate.access.max_body_bytes)
+    if raw is None:
+        return Response()  # to nobody: the client is gone
+    body = parsed(raw)
+    if body is None:
+        raise RequestError(None, "the body is no JSON object")
+    return JSONResponse(await HANDLERS[name](gate, body))
+
+
+async def preview(gate: Gate, body: dict[str, Any]) -> dict[str, Any]:
+    """What would be decided for the body of a completions or chat request, and why."""
+    field = "messages" if "messages" in body else "prompt"
+    if "messages" in body and "prompt" in body:
+        raise RequestError("prompt", "give prompt, as for completions, or messages, as for chat")
+    admitted = await gate.preview("chat" if field == "messages" else "completions", body)
+    if admitted is None:
+        raise RequestError(field, f"{field} is {shown(body.get(field))}; allowed: as vLLM takes it")
+    return raee_object(admitted.decisions, gate.table_version)
+
+
+HANDLERS: dict[str, Handler] = {"preview": preview}
+"""By the last part of the path."""

@@ -1,0 +1,162 @@
+"""An application in the place of vLLM's, with admission around it and an engine that only notes."""
+
+import asyncio
+import json
+from argparse import Namespace
+from dataclasses import replace
+
+import httpx
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve.explanation import Explanation
+from raee_serve.records import ExitDecision, Reason
+from raee_serve.server.access import Access
+from raee_serve.server.admission import Admission
+from raee_serve.server.engine_client import DepthClient
+from raee_serve.server.gate import Gate
+from raee_serve.server.limits import LabelOutputs
+from raee_serve.server.lookup import LookupBatcher
+from raee_serve.server.metrics import DecisionMetrics
+from raee_serve.server.middleware import RaeeMiddleware
+from raee_serve.server.sampling import FullDepthSampler
+from raee_serve.server.valves import Valves
+from raee_serve.table.prompts import CompletionPrompt
+from raee_serve.table.schema import RuleChoice
+from raee_serve.table.task import Task
+
+NUM_LAYERS = 30
+TASK = Task("sst2", CompletionPrompt("{text} It was"), ("terrible", "great"))
+SPELLINGS = {"terrible": 8, "great": 9, " terrible": 10, " great": 11}
+LABELS = LabelOutputs(TASK.label_words, TASK.label_texts(), (10, 11), True, SPELLINGS)
+EXPLANATION = Explanation(
+    neighbours=(("row-a", 0.25), ("row-b", 0.5)),
+    scores={"plain": (0.0,) * 4 + (1.25,) + (0.75,) * (NUM_LAYERS - 5)},
+    choice=RuleChoice("earliest", 2, 0.95, 2.0),
+    max_distance=0.6,
+    min_layer=1,
+)
+DECISION = ExitDecision(5, NUM_LAYERS, Reason.RETRIEVED, "sst2", 0.25)
+
+
+class FakeEngine:
+    """Notes the parameters of every generation, and answers as `tokens` says."""
+
+    vllm_config = "the engine's own"
+
+    def __init__(self):
+        self.params, self.request_ids = [], []
+        self.tokens = lambda exit_layer: (7, 8)
+
+    def generate(self, prompt, sampling_params, request_id, **_):
+        self.params.append(sampling_params)
+        self.request_ids.append(request_id)
+        return self.outputs(sampling_params)
+
+    async def outputs(self, params):
+        """One token at a time where the endpoint streams, else all at once."""
+        tokens = self.tokens(params.extra_args[EXIT_LAYER_KEY])
+        is_delta = params.output_kind is RequestOutputKind.DELTA
+        for part in [[token] for token in tokens] if is_delta else [tokens]:
+            await asyncio.sleep(0)
+            yield Namespace(outputs=[Namespace(index=0, token_ids=part)])
+
+
+class Server:
+    """An application in the place of vLLM's: one generation per prompt, one dict for all.
+
+    decision: of every look-up that is made.
+    """
+
+    def __init__(self, *, fixed_layer=None, api_key=None, access=None, seed=None, **valves):
+        self.engine, self.looked_up, self.bodies = FakeEngine(), [], []
+        self.decision = DECISION
+        self.registry = CollectorRegistry()
+        self.metrics = DecisionMetrics(NUM_LAYERS, self.registry)
+        tasks, labels = ({}, {}) if fixed_layer else ({"sst2": TASK}, {"sst2": LABELS})
+        self.valves = Valves(**valves)
+        self.gate = Gate(
+            admission=Admission(
+                NUM_LAYERS, tasks, labels, fixed_layer=fixed_layer, valves=self.valves
+            ),
+            lookups=LookupBatcher(self.decide, num_layers=NUM_LAYERS, timeout_s=5),
+            detokenize=lambda ids: " ".join("w" for _ in ids) + " It was",
+            metrics=self.metrics,
+            access=access or Access(),
+            sampler=FullDepthSampler(self.valves.sample_full, self.metrics, seed),
+            table_version=3,
+        )
+        paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+        guard = Middleware(AuthenticationMiddleware, tokens=[api_key] if api_key else [])
+        self.app = Starlette(
+            routes=[Route(path, self.endpoint, methods=["POST"]) for path in paths],
+            middleware=[Middleware(RaeeMiddleware), *([guard] if api_key else [])],
+        )
+        self.app.state.args = Namespace(api_key=[api_key] if api_key else None)
+        self.app.state.engine_client = DepthClient(self.engine, self.gate)
+
+    def decide(self, lookups):
+        self.looked_up += [lookup.key_text for lookup in lookups]
+        return [
+            replace(self.decision, explanation=EXPLANATION if lookup.explain else None)
+            for lookup in lookups
+        ]
+
+    async def endpoint(self, request):
+        raw = await request.body()
+        self.bodies.append(raw)
+        if int(request.headers["content-length"]) != len(raw):
+            return JSONResponse("content-length", 500)
+        try:
+            body = json.loads(raw)
+            asked = [body["messages"]] if "messages" in body else body["prompt"]
+            prompts = asked if isinstance(asked, list) else [asked]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return JSONResponse("no JSON object with a prompt", 400)
+        if not all(isinstance(prompt, str | list) for prompt in prompts) or "bad" in prompts:
+            return JSONResponse({"error": {"message": "bad prompt"}}, 400)
+        return await self.respond(body, prompts, request.app.state.engine_client)
+
+    async def respond(self, body, prompts, client):
+        kind = RequestOutputKind.DELTA if body.get("stream") else RequestOutputKind.FINAL_ONLY
+        params = SamplingParams(
+            extra_args=body.get("vllm_xargs") or {},
+            temperature=body.get("temperature", 0),
+            output_kind=kind,
+            skip_clone=True,
+        )
+        answers = [client.generate(p, params, f"cmpl-{n}") for n, p in enumerate(prompts)]
+        texts = [[str(o.outputs[0].token_ids) async for o in answer] for answer in answers]
+        if body.get("stream"):
+            chunks = [f'data: {{"text":"{part}"}}\n\n' for text in texts for part in text]
+            events = [": keep-alive\n\n", *chunks, "data: [DONE]\n\n"]
+            return StreamingResponse(iter(events), media_type="text/event-stream")
+        return JSONResponse({"choices": texts, "usage": {"total_tokens": 3}})
+
+    def post(self, path="/v1/completions", *, content=None, headers=None, method="POST", **body):
+        async def send():
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                sent = {"content": content} if content is not None else {"json": body}
+                answer = await client.request(method, path, **sent, headers=headers)
+            for _ in range(20):  # second runs go on in the background
+                await asyncio.sleep(0)
+            return answer
+
+        return asyncio.run(send())
+
+    def exit_layers(self):
+        return [params.extra_args[EXIT_LAYER_KEY] for params in self.engine.params]
+
+    def value(self, name, **labels):
+        return self.registry.get_sample_value(name, labels)
+
+
+ALLOWED = {"allowed_token_ids": [10, 11]}
+"""Limits an output to the task's label words."""
