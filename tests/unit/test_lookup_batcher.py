@@ -134,3 +134,10 @@ def test_what_is_reported_is_the_wait_of_the_request():
         return (await waiting)[0].lookup_ms
 
     assert asyncio.run(scenario()) >= 15  # the decider itself states 0
+
+
+def test_the_wait_of_each_look_up_for_its_batch_is_told():
+    decider, waits = Decider(), []
+    service = LookupBatcher(decider, num_layers=NUM_LAYERS, timeout_s=5, observe_wait=waits.append)
+    asyncio.run(service.decide(lookups(1, 2)))
+    assert len(waits) == 2 and all(wait >= 0 for wait in waits)

@@ -204,6 +204,68 @@ def test_a_batch_decides_in_order_as_its_prompts_alone(retriever):
     assert retriever.decide([]) == []
 
 
+def test_a_decision_is_explained_only_if_asked(retriever):
+    plain, asked = retriever.decide([sst2(PRAISE[0]), sst2(PRAISE[0], explain=True, k=3)])
+    assert plain.explanation is None
+    told = asked.explanation
+    ids, distances = zip(*told.neighbours, strict=True)
+    assert ids[0] == f"sst2:{PRAISE[0]}"
+    assert len(set(ids)) == 3 and list(distances) == sorted(distances)
+    assert distances[0] == asked.distance
+    assert (told.choice.rule, told.choice.k, told.min_layer) == ("fused", 3, 1)
+    assert set(told.scores) == {asked.head} == {"fused"}
+    assert len(told.scores["fused"]) == retriever.num_layers
+    assert asked.exit_layer == 1 + int(
+        np.argmax(np.array(told.scores["fused"]) >= 0.95 * max(told.scores["fused"]))
+    )
+
+
+def test_the_explanation_has_every_head_of_the_rule_and_of_full_depth(retriever):
+    (decision,) = retriever.decide([sst2(PRAISE[0], rule="calibrated", explain=True)])
+    assert set(decision.explanation.scores) == {"plain", "calibrated"}
+    far, none = retriever.decide(
+        [
+            sst2("quantum chromodynamics on a lattice of spins", explain=True),
+            Lookup(("mpqa",), "a poor choice", rule="earliest", explain=True),
+        ]
+    )
+    assert far.reason == Reason.FAR and far.distance > far.explanation.max_distance
+    assert none.reason == Reason.NO_EVIDENCE and set(none.explanation.scores["plain"]) == {0}
+
+
+def test_the_rule_reads_no_layer_before_the_least(retriever):
+    lookups = [sst2(PRAISE[0], rule="earliest", k=4, min_layer=n, explain=True) for n in (1, 2, 3)]
+    free, same, barred = retriever.decide(lookups)
+    assert (free.exit_layer, same.exit_layer) == (PRAISE_LAYER, PRAISE_LAYER)
+    assert barred.reason == Reason.NO_EVIDENCE and barred.exit_layer == 4
+    assert len(same.explanation.scores["plain"]) == 3
+    both = sst2("a film", rule="earliest", k=8, min_layer=3)
+    assert retriever.decide([both])[0].exit_layer == SPITE_LAYER
+
+
+def test_a_least_layer_brings_the_bias_of_the_layer_that_runs(retriever, monkeypatch):
+    monkeypatch.setattr(ExitRetriever, "_label_bias", lambda _, head, layer, *rest: (layer,))
+    lookups = [sst2("a film", rule="fused", k=8, min_layer=n) for n in (1, 3)]
+    free, deep = retriever.decide(lookups)
+    assert free.exit_layer < 3 <= deep.exit_layer
+    assert (free.label_bias, deep.label_bias) == ((free.exit_layer,), (deep.exit_layer,))
+
+
+def test_the_cost_of_each_batch_is_told(uri):
+    retriever, costs = ExitRetriever.open(uri, backbone=BACKBONE), []
+    retriever.observe = costs.append
+    retriever.decide([sst2(PRAISE[0]), sst2(SPITE[0]), sst2(PRAISE[0])])
+    retriever.decide([sst2(PRAISE[0])])
+    assert [(cost.cache_hits, cost.cache_misses) for cost in costs] == [(1, 2), (1, 0)]
+    assert set(costs[0].seconds) == {"encode", "search", "aggregate"}
+    assert all(seconds > 0 for seconds in costs[0].seconds.values())
+
+
+def test_the_table_has_a_version_and_rows_by_task(retriever, uri):
+    assert retriever.table_version == ExitTable.open(uri).version >= 1
+    assert retriever.rows_by_task == {"sst2": 8, "cr": 2, "mpqa": 2}
+
+
 @pytest.mark.parametrize(
     ("lookup", "message"),
     [

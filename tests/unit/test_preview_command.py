@@ -1,0 +1,131 @@
+"""`raee-serve preview` and the loading it shares with the server, on a real table and encoder."""
+
+import json
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from transformers import AutoTokenizer
+
+from raee_serve.cli import main
+from raee_serve.errors import RaeeError
+from raee_serve.fingerprint import identify_backbone
+from raee_serve.retrieval.encoder import Encoder
+from raee_serve.server.access import Access
+from raee_serve.server.loading import load_gate
+from raee_serve.server.settings import DepthSettings
+from raee_serve.server.valves import Valves
+from raee_serve.table.schema import TableMetadata, TaskEntry
+from raee_serve.table.store import ExitTable
+from raee_serve.table.tasks import get_task
+from tests.tiny import tokenized_llama
+from tests.unit.table_rows import label_rows
+
+pytestmark = pytest.mark.unit
+
+TEXTS = ["a wonderful film", "a dull film", "a moving film", "a stupid film"]
+TASK = get_task("sst2")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, smollm2) -> Path:
+    return tokenized_llama(tmp_path_factory.mktemp("tiny") / "model", smollm2)
+
+
+@pytest.fixture(scope="module")
+def table(checkpoint, tmp_path_factory) -> str:
+    """Four rows, every one right at layer 2 only."""
+    encoder, uri = Encoder("minilm"), str(tmp_path_factory.mktemp("tables") / "films")
+    metadata = TableMetadata(identify_backbone(checkpoint), encoder.identity())
+    ids = TASK.label_token_ids(AutoTokenizer.from_pretrained(checkpoint))
+    exits = ExitTable.open_or_create(uri, metadata)
+    exits.put_task(TaskEntry.of(TASK, ids, (1, 2, 3, 4)))
+    right = [[0.1, 0.9, 0.1, 0.1]] * len(TEXTS)
+    exits.add("sst2", label_rows(TEXTS, encoder.encode(TEXTS), right))
+    return uri
+
+
+@pytest.fixture
+def preview(checkpoint, table, capsys):
+    """The lines that the command prints."""
+
+    def run(*arguments, status=0):
+        command = ["preview", "--table", table, "--model", str(checkpoint), *arguments]
+        assert main(command) == status
+        told = capsys.readouterr()
+        return (told.err if status else told.out).splitlines()
+
+    return run
+
+
+def test_each_prompt_is_reported(preview):
+    lines = preview("--task", "sst2", "--rule", "earliest", "--prompt", TEXTS[0], "--prompt", "x")
+    assert f"{TEXTS[0]!r}" in lines and "'x'" in lines
+    assert "  2 of 4 layers: retrieved, task sst2" in lines
+    nearest = next(line for line in lines if line.startswith("  at "))
+    assert nearest.endswith(TEXTS[0]) and nearest.startswith("  at 0.0000")
+    bars = [line for line in lines if line.endswith("#")]
+    assert bars and bars[0].startswith("  *  2")
+
+
+def test_json_is_what_the_server_answers(preview):
+    *_, last = preview("--json", "--task", "sst2", "--k", "3", "--prompt", TEXTS[1])
+    decided = json.loads(last)
+    assert (decided["reason"], decided["rule"]["k"]) == ("retrieved", 3)
+    assert decided["neighbours"][0]["id"] == TEXTS[1] and len(decided["neighbours"]) == 3
+
+
+def test_a_prompt_without_a_task_says_so(preview):
+    *_, last = preview("--json", "--prompt", f"{TEXTS[0]} It was")
+    assert json.loads(last)["reason"] == "unconstrained"
+    *_, last = preview("--json", "--chat", "--prompt", "hello")
+    assert json.loads(last)["reason"] == "unmatched"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "sst9"], "'sst9'; allowed: sst2"),
+        (["--k", "0"], "raee.k is 0"),
+        (["--rule", "latest"], "'latest'"),
+    ],
+)
+def test_a_bad_option_is_one_line(preview, arguments, message):
+    *_, line = preview("--prompt", "a", *arguments, status=1)
+    assert line.startswith("raee-serve preview: error:") and message in line
+
+
+def load(checkpoint, table, **given):
+    settings = DepthSettings(table)
+    backbone, registry = identify_backbone(checkpoint), CollectorRegistry()
+    return load_gate(settings, backbone, checkpoint, ["tiny"], registry=registry, **given)
+
+
+def test_start_up_tells_table_tasks_look_ups_and_valves(checkpoint, table, capsys):
+    access = Access(frozenset({"explain"}))
+    gate = load(checkpoint, table, valves=Valves(1, {"sst2": 3}, sample_full=0.1), access=access)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1].split()[0] for line in lines] == [
+        "exit", "tasks", "look-ups", "valves"
+    ]  # fmt: skip
+    assert "4 rows" in lines[0] and "sst2 fused" in lines[1]
+    assert "sst2 3" in lines[3] and "0.1" in lines[3] and "explain off, preview on" in lines[3]
+    value = gate.metrics._table_rows._metrics
+    assert list(value) == [("sst2",)] and gate.table_version >= 1
+    gate.close()
+
+
+def test_a_valve_that_does_not_fit_stops_the_start(checkpoint, table):
+    with pytest.raises(RaeeError, match=r"--min-exit-layer is 5; allowed: 1\.\.4"):
+        load(checkpoint, table, valves=Valves(5))
+    with pytest.raises(RaeeError, match="'trec'; the table's: sst2"):
+        load(checkpoint, table, valves=Valves(1, {"trec": 2}))
+
+
+def test_the_kill_switch_needs_no_table(checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("RAEE_OFF", "1")
+    gate = load(checkpoint, "/nowhere", valves=Valves(99))
+    assert gate.admission.off and gate.lookups is None
+    assert capsys.readouterr().out.splitlines() == [
+        "raee-serve: RAEE_OFF=1: every request runs vanilla vLLM"
+    ]
