@@ -44,7 +44,6 @@ def load_gate(
     valves, access = valves or Valves(), access or Access()
     admission, retriever = _admission(settings, backbone, tokenizer, served_names, valves)
     if not admission.off:
-        valves.check(admission.num_layers, admission.tasks)
         print(f"raee-serve: valves: {valves}; {access}", flush=True)
     return Gate(
         admission=admission,
@@ -80,6 +79,7 @@ def _admission(
 
 def _fixed(settings: DepthSettings, backbone: BackboneIdentity, valves: Valves) -> Admission:
     num_layers = backbone.num_layers
+    valves.check(num_layers, ())
     layer = num_layers if settings.exit_layer == "full" else _number(settings.exit_layer)
     if not valves.min_layer <= layer <= num_layers:
         raise RaeeError(
@@ -106,6 +106,7 @@ def _retrieved(
         fraction=settings.fraction,
         vote_weight=settings.vote_weight,
     )
+    valves.check(retriever.num_layers, retriever.tasks)
     labels = {
         name: LabelOutputs.of(task, retriever.label_token_ids[name], tokenizer)
         for name, task in retriever.tasks.items()

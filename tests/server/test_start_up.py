@@ -49,6 +49,11 @@ def test_neither_a_table_nor_a_depth():
         (["--table", "somewhere", "--vote-weight", "-1"], "--vote-weight is -1.0; allowed: more"),
         (["--table", "somewhere", "--lookup-timeout-ms", "0"], "allowed: more than 0"),
         (["--table", "somewhere", "--max-distance", "3"], "allowed: 0..2"),
+        (["--table", "somewhere", "--sample-full", "2"], "--sample-full is 2.0; allowed: 0..1"),
+        (["--table", "somewhere", "--min-exit-layer", "x"], "allowed: N or TASK=N"),
+        (["--exit-layer", "4", "--min-exit-layer", "9"], "'4'; allowed: 9..30"),
+        (["--exit-layer", "4", "--min-exit-layer", "31"], "allowed: 1..30"),
+        (["--exit-layer", "4", "--max-prompts", "0"], "--max-prompts is 0; allowed: at least 1"),
         (["--exit-layer", "0"], "'0'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "31"], "'31'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "half"], "'half'; allowed: 1..30 or 'full'"),
@@ -102,3 +107,17 @@ def test_another_encoder_names_both_sides(refused, built_table, minilm, tmp_path
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     message = refused(MODEL, "--table", built_table, "--encoder", other)
     assert "minilm" in message and str(other) in message
+
+
+def test_the_kill_switch_starts_vllms_own_engine_without_the_table(monkeypatch, smollm2, capsys):
+    started = {}
+
+    async def serve(args, gate):
+        started.update(args=args, gate=gate)
+
+    monkeypatch.setattr(vllm_server, "serve", serve)
+    monkeypatch.setenv("RAEE_OFF", "1")
+    assert main(["serve", MODEL, "--table", "/nowhere"]) == 0
+    assert started["args"].worker_cls == "auto" and not started["args"].scheduler_cls
+    assert started["gate"].admission.off
+    assert "RAEE_OFF=1: every request runs vanilla vLLM" in capsys.readouterr().out
