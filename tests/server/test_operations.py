@@ -34,7 +34,7 @@ def test_an_answer_says_why_when_asked(served, reviews):
     raee = told.model_extra["raee"]
     assert len(raee["prompts"]) == 3
     for prompt in raee["prompts"]:
-        assert prompt["reason"] == "retrieved" and prompt["rule"]["name"] == "fused"
+        assert prompt["reason"] == "retrieved" and prompt["rule"]["name"] == "stacked"
         assert prompt["neighbours"][0]["distance"] == prompt["distance"]
         scores = prompt["exits"][prompt["head"]]
         assert len(scores) == NUM_LAYERS

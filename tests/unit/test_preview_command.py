@@ -108,7 +108,7 @@ def test_start_up_tells_table_tasks_look_ups_and_valves(checkpoint, table, capsy
     assert [line.split(":")[1].split()[0] for line in lines] == [
         "exit", "tasks", "look-ups", "valves"
     ]  # fmt: skip
-    assert "4 rows" in lines[0] and "sst2 fused" in lines[1]
+    assert "4 rows" in lines[0] and "sst2 stacked" in lines[1]
     assert "sst2 3" in lines[3] and "0.1" in lines[3] and "explain off, preview on" in lines[3]
     value = gate.metrics._table_rows._metrics
     assert list(value) == [("sst2",)] and gate.table_version >= 1
