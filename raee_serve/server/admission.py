@@ -60,7 +60,9 @@ class Admission:
     @property
     def default_layer(self) -> int:
         """Depth of a prompt about which nothing was decided."""
-        return self.num_layers if self.fixed_layer is None else self.fixed_layer
+        if self.fixed_layer is None or self.valves.shadow:
+            return self.num_layers
+        return self.fixed_layer
 
     def options(self, body: dict[str, Any]) -> RaeeOptions:
         """The body's `raee` object, checked. Raises OptionError."""

@@ -57,6 +57,7 @@ class DepthClient:
         if self.gate.sampler is None or not self.gate.sampler.draws(sampling_params):
             return outputs
         again = once_more(sampling_params, depth.comparison.depth)
+        kwargs["trace_headers"] = None  # no part of the client's trace
         start = partial(self._engine.generate, prompt, again, f"raee-{uuid.uuid4()}", **kwargs)
         is_delta = sampling_params.output_kind is RequestOutputKind.DELTA
         task = depth.comparison.task

@@ -40,11 +40,11 @@ def load_gate(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    metrics = DecisionMetrics(backbone.num_layers, registry)
     valves, access = valves or Valves(), access or Access()
     admission, retriever = _admission(settings, backbone, tokenizer, served_names, valves)
     if not admission.off:
         print(f"raee-serve: valves: {valves}; {access}", flush=True)
+    metrics = DecisionMetrics(backbone.num_layers, registry)
     return Gate(
         admission=admission,
         lookups=None if retriever is None else _lookups(retriever, settings, metrics),

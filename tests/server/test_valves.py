@@ -5,7 +5,7 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import APIStatusError, BadRequestError, OpenAI
 
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.server.sampling import agreement
@@ -14,7 +14,7 @@ from tests.tiny import ENGINE_SIZES, WITH_TOKENIZER, tiny_llama, tokenized
 
 pytestmark = pytest.mark.server
 
-NUM_LAYERS, KEY = 6, "secret"
+NUM_LAYERS, KEY, MAX_BYTES = 6, "secret", 100_000
 PREVIEW = "/v1/raee/preview"
 
 
@@ -25,6 +25,7 @@ def guarded(tmp_path_factory, smollm2):
     checkpoint = tokenized(model, tmp_path_factory.mktemp("tiny") / "model", smollm2)
     flags = ["--exit-layer", "3", "--min-exit-layer", "2", "--sample-full", "1"]
     flags += ["--api-key", KEY, "--disable-explain", "--max-prompts", "8", "--dtype", "float32"]
+    flags += ["--max-body-bytes", str(MAX_BYTES)]
     with running_server(str(checkpoint), [*flags, "--served-model-name", "tiny"]) as url:
         yield SimpleNamespace(url=url, client=OpenAI(base_url=f"{url}/v1", api_key=KEY))
 
@@ -73,6 +74,9 @@ def test_what_is_switched_off_or_too_large_is_refused(guarded):
         ask(guarded, "a", explain=True)
     with pytest.raises(BadRequestError, match="at most 8"):
         ask(guarded, ["a"] * 9)
+    with pytest.raises(APIStatusError) as caught:
+        ask(guarded, "a" * MAX_BYTES)
+    assert caught.value.status_code == 413
 
 
 def test_our_routes_want_the_api_key(guarded):

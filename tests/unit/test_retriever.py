@@ -205,7 +205,9 @@ def test_a_batch_decides_in_order_as_its_prompts_alone(retriever):
 
 
 def test_a_decision_is_explained_only_if_asked(retriever):
-    plain, asked = retriever.decide([sst2(PRAISE[0]), sst2(PRAISE[0], rule="fused", explain=True, k=3)])
+    plain, asked = retriever.decide(
+        [sst2(PRAISE[0]), sst2(PRAISE[0], rule="fused", explain=True, k=3)]
+    )
     assert plain.explanation is None
     told = asked.explanation
     ids, distances = zip(*told.neighbours, strict=True)

@@ -132,6 +132,13 @@ def test_in_shadow_nothing_is_truncated_and_everything_recorded():
     assert "x-raee-decided-layer" not in full.headers
 
 
+def test_nor_on_routes_that_admission_does_not_read():
+    server = Server(fixed_layer=7, shadow=True)
+    server.post("/v1/responses", prompt="a")
+    server.post(prompt="a")
+    assert server.exit_layers() == [NUM_LAYERS] * 2
+
+
 def test_a_full_depth_exit_with_a_head_is_kept_in_shadow_too():
     decided = ExitDecision(4, 4, Reason.RETRIEVED, "sst2", label_bias=(1.0, 0.0))
     shadowed = valves.in_shadow(decided)
