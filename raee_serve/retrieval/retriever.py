@@ -130,7 +130,7 @@ class ExitRetriever:
             for name, end, size in zip(indexes, ends, sizes, strict=True)
         }
         self.num_rows = len(self._vectors)
-        self.rows_by_task = {name: len(index.vectors) for name, index in indexes.items()}
+        self.rows_by_task = {name: len(index.ids) for name, index in indexes.items()}
         self.num_layers = metadata.backbone.num_layers
         self.tasks: Mapping[str, Task] = {name: TASKS[name] for name in indexes}
         self.label_token_ids: Mapping[str, tuple[int, ...]] = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,10 @@ async def _previews(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]
 
     checkpoint = Path(local_checkpoint(args.model))
     patient = DepthSettings(args.table, encoder=args.encoder, lookup_timeout_ms=60_000)
-    gate = load_gate(
-        patient, identify_backbone(checkpoint), checkpoint, [], registry=CollectorRegistry()
-    )
+    with redirect_stdout(sys.stderr):  # what is loaded is not part of the answer
+        gate = load_gate(
+            patient, identify_backbone(checkpoint), checkpoint, [], registry=CollectorRegistry()
+        )
     raee = {"task": args.task, "k": args.k, "rule": args.rule}
     kind: Kind = "chat" if args.chat else "completions"
     found = []

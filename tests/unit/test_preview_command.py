@@ -69,8 +69,8 @@ def test_each_prompt_is_reported(preview):
 
 
 def test_json_is_what_the_server_answers(preview):
-    *_, last = preview("--json", "--task", "sst2", "--k", "3", "--prompt", TEXTS[1])
-    decided = json.loads(last)
+    (line,) = preview("--json", "--task", "sst2", "--k", "3", "--prompt", TEXTS[1])
+    decided = json.loads(line)
     assert (decided["reason"], decided["rule"]["k"]) == ("retrieved", 3)
     assert decided["neighbours"][0]["id"] == TEXTS[1] and len(decided["neighbours"]) == 3
 
