@@ -210,7 +210,7 @@ def test_a_batch_decides_in_order_as_its_prompts_alone(retriever):
         (sst2("x", k=0), "k = 0 is not allowed, it must be at least 1"),
         (sst2("x", k=-3), "k = -3"),
         (sst2("x", rule="median"), "'median'; known rules: published, earliest, calibrated, fused"),
-        (Lookup(("trec",), "x"), r"'trec'.*sst2, cr, mpqa"),
+        (Lookup(("trec",), "x"), r"'trec'.*cr, mpqa, sst2"),
         (Lookup((), "x"), "one or more"),
     ],
 )
