@@ -14,6 +14,7 @@ from raee_serve.server.depths import PromptDepth
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, TokenIds, read_prompts
+from raee_serve.server.reload import Snapshot, TableReloader
 
 Detokenize = Callable[[Sequence[int]], str]
 
@@ -45,12 +46,19 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Gate:
-    """lookups: None where a fixed depth leaves nothing to look up."""
+    """lookups, snapshot, reloader: None where a fixed depth leaves nothing to look up."""
 
     admission: Admission
     lookups: LookupBatcher | None
     detokenize: Detokenize
     metrics: DecisionMetrics
+    snapshot: Snapshot | None = None
+    reloader: TableReloader | None = None
+
+    @property
+    def latest(self) -> Gate:
+        """This gate, or what has come in its place."""
+        return self if self.reloader is None else self.reloader.gate
 
     async def admit(self, kind: Kind, body: dict[str, Any]) -> Admitted | None:
         """Decide every prompt of a body; None if it has none that vLLM would run.

@@ -61,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="a prompt whose look-up takes longer runs at full depth (default: 250)",
     )
+    parser.add_argument(
+        "--watch-table",
+        type=float,
+        metavar="SECONDS",
+        help="take up the table's new versions, looking for one every so often (default: only "
+        "when asked to, by POST /v1/raee/reload)",
+    )
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -75,6 +82,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         lookup_timeout_ms=args.lookup_timeout_ms,
         fraction=args.fraction,
         vote_weight=args.vote_weight,
+        watch_table=args.watch_table,
     )
     import uvloop
 
@@ -86,7 +94,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     vllm_server.with_options(serve_args, engine_options())
     vllm_server.prefer_native_dtype(serve_args)
     gate = _gate(serve_args, settings)
-    uvloop.run(vllm_server.serve(serve_args, gate))
+    uvloop.run(vllm_server.serve(serve_args, gate, settings.watch_table))
 
 
 def _gate(serve_args: argparse.Namespace, settings: DepthSettings) -> Gate:

@@ -33,14 +33,23 @@ class LookupBatcher:
     While a batch is being decided the look-ups that arrive collect into the next one, so batches
     grow with load and a lone prompt never waits for company. A look-up that fails or is late
     becomes a decision for full depth: nothing is raised into a request.
+
+    thread: of another batcher whose `decide` must not run beside this one's.
     """
 
-    def __init__(self, decide: Decide, *, num_layers: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        decide: Decide,
+        *,
+        num_layers: int,
+        timeout_s: float,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
         self._decide = decide
         self._num_layers = num_layers
         self._timeout_s = timeout_s
         self._waiting: deque[_Waiting] = deque()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="raee-lookup")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="raee-lookup")
         self._worker: asyncio.Task[None] | None = None
         self._logged: set[str] = set()
 
@@ -61,6 +70,12 @@ class LookupBatcher:
         finally:
             for entry in entries:  # late, or the client is gone: not worth encoding any more
                 entry.decision.cancel()
+
+    def successor(self, decide: Decide) -> LookupBatcher:
+        """One that decides otherwise, on the same thread; this one finishes what it has begun."""
+        return LookupBatcher(
+            decide, num_layers=self._num_layers, timeout_s=self._timeout_s, thread=self._thread
+        )
 
     def close(self) -> None:
         """Let the thread end; a batch under way is not waited for."""

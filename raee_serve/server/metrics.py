@@ -12,7 +12,8 @@ LOOKUP_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class DecisionMetrics:
-    """`raee_decisions_total{reason,task}`, `raee_exit_layer` and `raee_lookup_seconds`."""
+    """`raee_decisions_total{reason,task}`, `raee_exit_layer`, `raee_lookup_seconds` and
+    `raee_table_reloads_total{outcome}`."""
 
     def __init__(self, num_layers: int, registry: CollectorRegistry = REGISTRY) -> None:
         self._decisions = Counter(
@@ -33,6 +34,17 @@ class DecisionMetrics:
             buckets=LOOKUP_BUCKETS_S,
             registry=registry,
         )
+
+        self._reloads = Counter(
+            "raee_table_reloads",
+            "Attempts to take up a new version of the exit table (loaded, or the old one kept).",
+            ("outcome",),
+            registry=registry,
+        )
+
+    def reloaded(self, outcome: str) -> None:
+        """outcome: loaded or kept."""
+        self._reloads.labels(outcome).inc()
 
     def record(self, decisions: Iterable[ExitDecision]) -> None:
         for decision in decisions:

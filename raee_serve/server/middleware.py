@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from raee_serve.records import ExitDecision
 from raee_serve.server.depths import request_depths
 from raee_serve.server.gate import Admitted, Gate
-from raee_serve.server.options import OptionError
+from raee_serve.server.options import OptionError, RequestError
 from raee_serve.server.prompts import Kind
+from raee_serve.server.request_errors import error_response
+from raee_serve.server.routes import answer, is_ours
 
 MIDDLEWARE = "raee_serve.server.middleware.RaeeMiddleware"
 """Import path, as vLLM's `--middleware` takes it."""
@@ -35,6 +35,8 @@ class RaeeMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_ours(_path(scope)) and _is_authorized(self.app, scope):
+            return await self._answer(scope, receive, send)
         kind = _kind(scope)
         if kind is None or not _is_json(scope) or not _is_authorized(self.app, scope):
             return await self._pass_on(scope, receive, send)
@@ -42,14 +44,21 @@ class RaeeMiddleware:
         if raw is None:
             return  # the client left before its request was complete
         body = _parsed(raw)
-        gate: Gate = scope["app"].state.engine_client.gate
+        gate = _gate(scope)
         try:
             admitted = None if body is None else await gate.admit(kind, body)
         except OptionError as error:
-            return await _bad_request(error)(scope, receive, send)
+            return await error_response(error)(scope, receive, send)
         if admitted is None:  # vLLM has its own answer to what it would not run
             return await self._pass_on(scope, _replay(raw, receive), send)
         await self._run(admitted, scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await answer(_gate(scope), _path(scope), scope)
+        except RequestError as error:
+            response = error_response(error)
+        await response(scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         with request_depths(None):
@@ -63,6 +72,11 @@ class RaeeMiddleware:
                 _replay(raw, receive),
                 _with_headers(send, decision_headers(admitted.decisions)),
             )
+
+
+def _gate(scope: Scope) -> Gate:
+    gate: Gate = scope["app"].state.engine_client.gate
+    return gate
 
 
 def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
@@ -83,9 +97,15 @@ def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
 
 
 def _kind(scope: Scope) -> Kind | None:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return None
-    return ROUTES.get(scope["path"].removeprefix(scope.get("root_path", "")))
+    return ROUTES.get(_path(scope)) if scope.get("method") == "POST" else None
+
+
+def _path(scope: Scope) -> str:
+    """Of an HTTP request, as routes are named; "" for anything else, and for what CORS asks."""
+    if scope["type"] != "http" or scope["method"] == "OPTIONS":
+        return ""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _is_json(scope: Scope) -> bool:
@@ -150,8 +170,3 @@ def _with_headers(send: Send, headers: dict[str, str]) -> Send:
         await send(message)
 
     return sending
-
-
-def _bad_request(error: OptionError) -> JSONResponse:
-    answer = create_error_response(str(error), param=error.parameter)
-    return JSONResponse(answer.model_dump(), status_code=answer.error.code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from raee_serve.errors import RaeeError
@@ -14,12 +15,19 @@ MAX_K = 1024
 FIELDS = ("exit_layer", "task", "k", "rule")
 
 
-class OptionError(RaeeError):
-    """A bad `raee` object. `parameter` is the field at fault, as in `raee.k`."""
+class RequestError(RaeeError):
+    """A request that is refused. `parameter` is the field at fault, as in `raee.k`, if any."""
 
-    def __init__(self, parameter: str, message: str) -> None:
+    def __init__(
+        self, parameter: str | None, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST
+    ) -> None:
         super().__init__(message)
         self.parameter = parameter
+        self.status = status
+
+
+class OptionError(RequestError):
+    """A bad `raee` object."""
 
 
 @dataclass(frozen=True, slots=True)

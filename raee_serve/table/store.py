@@ -99,6 +99,11 @@ class ExitTable:
         """Of the state that is seen here."""
         return int(self._exits.version)
 
+    @property
+    def state(self) -> str:
+        """Another one for every other content that a table at this URI may have."""
+        return f"{self.version} {self._token}"
+
     def put_task(self, entry: TaskEntry) -> None:
         """Records a task; BindingError if its rows here were built otherwise."""
         self.metadata.check_same(entry, self.uri)
@@ -230,6 +235,7 @@ class ExitTable:
         records = read_records(self._exits)
         if BINDING in records:
             self.metadata, self._format_1 = metadata_of(records), False
+            self._token = Change.of(records).token
             return
         if METADATA not in _table_names(self._database):
             raise TableError("it holds no binding, so its creation was cut short; remove it")
@@ -237,6 +243,7 @@ class ExitTable:
         if len(stored) != 1:
             raise TableError(f"expected one metadata row, found {len(stored)}")
         self.metadata, self._format_1 = metadata_of_format_1(stored[0]["json"]), True
+        self._token = ""
 
     def _commit(self, edit: Edit) -> None:
         """Carries out an edit; then its outcome is seen here, with what others did before it."""

@@ -14,7 +14,7 @@ from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.table.columns import records_to_arrow
 from raee_serve.table.evidence import AGREEMENT, evidence_of
 from raee_serve.table.info_command import describe
-from raee_serve.table.records import binding_record
+from raee_serve.table.records import Change, binding_record
 from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskRows, row_id, row_schema
 from raee_serve.table.store import EXITS, ExitTable
 from tests.unit.table_rows import BACKBONE, ENCODER, entry, label_rows, metadata, unit_vectors
@@ -191,7 +191,8 @@ def test_corrupt_files(uri, table):
 
 
 def test_other_columns(uri, table):
-    rows = records_to_arrow({"binding": binding_record(metadata())}, row_schema(16))
+    records = {"binding": binding_record(metadata()), "change": Change("created").to_json()}
+    rows = records_to_arrow(records, row_schema(16))
     lancedb.connect(uri).create_table(EXITS, data=rows, mode="overwrite")
     with pytest.raises(TableError, match=r"columns are(.|\n)*expected"):
         ExitTable.open(uri)

@@ -1,0 +1,26 @@
+"""Requests that are refused before vLLM sees them, told in vLLM's OpenAI error format."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from starlette.responses import JSONResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+from raee_serve.server.options import RequestError
+
+ERROR_TYPES = {
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.METHOD_NOT_ALLOWED: "MethodNotAllowedError",
+    HTTPStatus.CONFLICT: "ConflictError",
+}
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Its message and parameter, as vLLM tells its own errors."""
+    answer = create_error_response(
+        str(error), ERROR_TYPES[error.status], error.status, error.parameter
+    )
+    headers = {"allow": "POST"} if error.status is HTTPStatus.METHOD_NOT_ALLOWED else None
+    return JSONResponse(answer.model_dump(), status_code=error.status, headers=headers)
