@@ -27,6 +27,15 @@ class Command:
 COMMANDS = (
     Command("build", "raee_serve.table.build_command", "build an exit table for a backbone"),
     Command("table info", "raee_serve.table.info_command", "show what an exit table holds"),
+    Command("table history", "raee_serve.table.history_command", "list an exit table's versions"),
+    Command("table rollback", "raee_serve.table.rollback_command", "return to an old version"),
+    Command("table drop", "raee_serve.table.drop_command", "remove tasks from an exit table"),
+    Command("table delete", "raee_serve.table.delete_command", "remove rows from an exit table"),
+    Command(
+        "table compact",
+        "raee_serve.table.compact_command",
+        "merge an exit table's small files and drop versions long superseded",
+    ),
     Command(
         "calibrate",
         "raee_serve.retrieval.calibrate_command",
@@ -57,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((c for c in COMMANDS if argv[: len(c.words.split())] == c.words.split()), None)
     if command is None:
+        group = [c for c in COMMANDS if argv and c.words.startswith(f"{argv[0]} ")]
+        if group and argv[1:] in ([], ["-h"], ["--help"]):
+            print("commands:\n" + _listed(group))
+            return 0 if argv[1:] else 2
         _overview().parse_args(argv[:1] if argv[:1] in (["-h"], ["--help"]) else [" ".join(argv)])
         return 2
     return _run(command, argv[len(command.words.split()) :])
@@ -83,18 +96,21 @@ def _run(command: Command, argv: list[str]) -> int:
 
 
 def _overview() -> argparse.ArgumentParser:
-    width = max(len(command.words) for command in COMMANDS)
-    lines = [f"  {command.words:{width}}  {command.help}" for command in COMMANDS]
     parser = argparse.ArgumentParser(
         "raee-serve",
         description="Serve language models at retrieved exit layers.",
-        epilog="commands:\n" + "\n".join(lines),
+        epilog="commands:\n" + _listed(COMMANDS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "command", choices=[command.words for command in COMMANDS], metavar="COMMAND"
     )
     return parser
+
+
+def _listed(commands: Sequence[Command]) -> str:
+    width = max(len(command.words) for command in commands)
+    return "\n".join(f"  {command.words:{width}}  {command.help}" for command in commands)
 
 
 if __name__ == "__main__":

@@ -106,14 +106,15 @@ class ExitRetriever:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: VectorCache,
         metadata: TableMetadata,
         indexes: Mapping[str, TaskIndex],
         table_version: int,
     ) -> None:
         self.observe: Callable[[LookupCost], None] = lambda _: None
         self.table_version = table_version
-        self._encoder = VectorCache(encoder)
+        self.encoder_identity = metadata.encoder
+        self._encoder = encoder
         self._ids = [row_id for index in indexes.values() for row_id in index.ids]
         self._vectors = np.concatenate([index.vectors for index in indexes.values()])
         self._evidence = np.concatenate([index.evidence for index in indexes.values()])
@@ -147,12 +148,14 @@ class ExitRetriever:
         max_distance: float | None = None,
         fraction: float | None = None,
         vote_weight: float | None = None,
+        old: ExitRetriever | None = None,
     ) -> ExitRetriever:
         """Loads a table and its encoder (`encoder` overrides where that is found).
 
         max_distance: cosine distance beyond which a nearest row is too far, for all tasks; by
         default each task has its own bound, see BOUND_QUANTILE.
         fraction, vote_weight: for all tasks; by default what `calibrate` stored, or the defaults.
+        old: a retriever whose encoder, with the vectors it remembers, is taken over as it is.
         Raises TableError if the table is missing, corrupt or empty, BindingError if it belongs to
         another backbone, encoder or prompt template, CheckpointError if the encoder is missing.
         """
@@ -165,8 +168,12 @@ class ExitRetriever:
                     f"exit table {uri} holds an unknown task {name!r}; known: {', '.join(TASKS)}"
                 )
             metadata.check_task(TASKS[name], uri)
-        model = Encoder(encoder or metadata.encoder.name)
-        metadata.check_encoder(model.identity(), uri)
+        if old is None:
+            model = Encoder(encoder or metadata.encoder.name)
+            identity, cache = model.identity(), VectorCache(model)
+        else:
+            identity, cache = old.encoder_identity, old._encoder
+        metadata.check_encoder(identity, uri)
         indexes = {
             name: _load_index(table, name, max_distance, fraction, vote_weight)
             for name in metadata.tasks
@@ -174,7 +181,7 @@ class ExitRetriever:
         filled = {name: index for name, index in indexes.items() if len(index.vectors)}
         if not filled:
             raise TableError(f"exit table {uri} holds no rows; build it first")
-        return cls(model, metadata, filled, table.version)
+        return cls(cache, metadata, filled, table.version)
 
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.

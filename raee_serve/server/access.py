@@ -13,6 +13,7 @@ MAX_PROMPTS = 1024
 SWITCHES = {
     "explain": "refuse requests that ask why (raee.explain), and leave it out of previews",
     "preview": "do not serve /v1/raee/preview",
+    "reload": "do not serve /v1/raee/reload",
 }
 """What `--disable-NAME` takes away; a route under /v1/raee/ has its own name."""
 

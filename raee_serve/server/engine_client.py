@@ -28,14 +28,19 @@ RESERVED_PREFIX = "raee_"
 class DepthClient:
     """An `EngineClient` that adds exit layers; everything else is the wrapped client's.
 
-    gate: where the middleware finds admission, through the app's `engine_client`.
+    The middleware finds admission through the app's `engine_client`.
     """
 
     def __init__(self, engine: EngineClient, gate: Gate) -> None:
         self._engine = engine
-        self.gate = gate
+        self._gate = gate
         self._unread = PromptDepth(gate.admission.default_layer)
         self._full = PromptDepth(gate.admission.num_layers)
+
+    @property
+    def gate(self) -> Gate:
+        """The one that is to admit the next request."""
+        return self._gate.latest
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

@@ -16,6 +16,7 @@ from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.options import OptionError, RaeeOptions, RequestError
 from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, TokenIds, read_prompts
+from raee_serve.server.reload import Snapshot, TableReloader
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.valves import in_shadow
 
@@ -67,10 +68,9 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Gate:
-    """lookups: None where a fixed depth leaves nothing to look up.
+    """lookups, snapshot, reloader: None where a fixed depth leaves nothing to look up.
 
     sampler: None unless a share of the prompts runs at both depths.
-    table_version: None without a table.
     """
 
     admission: Admission
@@ -79,7 +79,18 @@ class Gate:
     metrics: DecisionMetrics
     access: Access = field(default_factory=Access)
     sampler: FullDepthSampler | None = None
-    table_version: int | None = None
+    snapshot: Snapshot | None = None
+    reloader: TableReloader | None = None
+
+    @property
+    def latest(self) -> Gate:
+        """This gate, or what has come in its place."""
+        return self if self.reloader is None else self.reloader.gate
+
+    @property
+    def table_version(self) -> int | None:
+        """None without a table."""
+        return None if self.snapshot is None else self.snapshot.version
 
     async def admit(self, kind: Kind, body: dict[str, Any]) -> Admitted | None:
         """Decide every prompt of a body; None if it has none that vLLM would run.

@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="a prompt whose look-up takes longer runs at full depth (default: 250)",
     )
+    parser.add_argument(
+        "--watch-table",
+        type=float,
+        metavar="SECONDS",
+        help="take up the table's new versions, looking for one every so often (default: only "
+        "when asked to, by POST /v1/raee/reload)",
+    )
     valves.add_arguments(parser)
     access.add_arguments(parser)
 
@@ -78,6 +85,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         lookup_timeout_ms=args.lookup_timeout_ms,
         fraction=args.fraction,
         vote_weight=args.vote_weight,
+        watch_table=args.watch_table,
     )
     safety, surface = valves.Valves.of(args), access.Access.of(args)
     import uvloop
@@ -90,7 +98,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     vllm_server.with_options(serve_args, engine_options())
     vllm_server.prefer_native_dtype(serve_args)
     gate = _gate(serve_args, settings, safety, surface)
-    uvloop.run(vllm_server.serve(serve_args, gate))
+    uvloop.run(vllm_server.serve(serve_args, gate, settings.watch_table))
 
 
 def _gate(

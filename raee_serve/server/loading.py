@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from raee_serve.server.gate import Gate
 from raee_serve.server.limits import LabelOutputs
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
+from raee_serve.server.reload import Snapshot, TableReloader
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.settings import DepthSettings
 from raee_serve.server.valves import Valves
+from raee_serve.table.store import ExitTable
 
 
 def load_gate(
@@ -41,19 +44,26 @@ def load_gate(
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     valves, access = valves or Valves(), access or Access()
-    admission, retriever = _admission(settings, backbone, tokenizer, served_names, valves)
+    loader = None
+    if settings.table is not None and not is_off():
+        loader = TableLoader(settings, backbone, tokenizer, served_names, valves)
+    opened = None if loader is None else loader.open()
+    admission = _without_table(settings, backbone, valves)
     if not admission.off:
         print(f"raee-serve: valves: {valves}; {access}", flush=True)
     metrics = DecisionMetrics(backbone.num_layers, registry)
-    return Gate(
+    gate = Gate(
         admission=admission,
-        lookups=None if retriever is None else _lookups(retriever, settings, metrics),
+        lookups=None,
         detokenize=partial(_text_of, tokenizer),
         metrics=metrics,
         access=access,
         sampler=FullDepthSampler(valves.sample_full, metrics) if valves.sample_full else None,
-        table_version=None if retriever is None else retriever.table_version,
     )
+    if loader is None or opened is None:
+        return gate
+    reloader = TableReloader(loader.load, loader.newest_state, loader.uri)
+    return reloader.start(loader.deciding_by(opened, gate))
 
 
 def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -62,19 +72,16 @@ def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
-def _admission(
-    settings: DepthSettings,
-    backbone: BackboneIdentity,
-    tokenizer: Any,
-    served_names: Sequence[str],
-    valves: Valves,
-) -> tuple[Admission, ExitRetriever | None]:
+def _without_table(
+    settings: DepthSettings, backbone: BackboneIdentity, valves: Valves
+) -> Admission:
+    """What decides without an exit table, or until there is one."""
     if is_off():
         print(f"raee-serve: {OFF_VARIABLE}=1: every request runs vanilla vLLM", flush=True)
-        return Admission(backbone.num_layers, off=True), None
-    if settings.table is None:
-        return _fixed(settings, backbone, valves), None
-    return _retrieved(settings, backbone, tokenizer, served_names, valves)
+        return Admission(backbone.num_layers, off=True)
+    if settings.table is not None:
+        return Admission(backbone.num_layers, valves=valves)
+    return _fixed(settings, backbone, valves)
 
 
 def _fixed(settings: DepthSettings, backbone: BackboneIdentity, valves: Valves) -> Admission:
@@ -90,59 +97,103 @@ def _fixed(settings: DepthSettings, backbone: BackboneIdentity, valves: Valves) 
     return Admission(num_layers, fixed_layer=layer, valves=valves)
 
 
-def _retrieved(
-    settings: DepthSettings,
-    backbone: BackboneIdentity,
-    tokenizer: Any,
-    served_names: Sequence[str],
-    valves: Valves,
-) -> tuple[Admission, ExitRetriever]:
-    assert settings.table is not None
-    retriever = ExitRetriever.open(
-        settings.table,
-        backbone=backbone,
-        encoder=settings.encoder,
-        max_distance=settings.max_distance,
-        fraction=settings.fraction,
-        vote_weight=settings.vote_weight,
-    )
-    valves.check(retriever.num_layers, retriever.tasks)
-    labels = {
-        name: LabelOutputs.of(task, retriever.label_token_ids[name], tokenizer)
-        for name, task in retriever.tasks.items()
-        if task.kind == "labels"
-    }
-    admission = Admission(
-        retriever.num_layers,
-        retriever.tasks,
-        labels,
-        k=settings.k,
-        rule=settings.rule,
-        served_names=frozenset(served_names),
-        valves=valves,
-    )
-    rules = (f"{name} {settings.rule or c.rule}" for name, c in retriever.choices.items())
-    print(
-        f"raee-serve: exit table {settings.table}: {retriever.num_rows:,} rows, "
-        f"version {retriever.table_version}\n"
-        f"raee-serve: tasks and their rules: {', '.join(rules)}\n"
-        f"raee-serve: look-ups: time-out {settings.lookup_timeout_ms:g} ms",
-        flush=True,
-    )
-    return admission, retriever
+@dataclass(frozen=True, slots=True)
+class OpenTable:
+    """A table that is loaded. state: as `Snapshot.state`."""
+
+    retriever: ExitRetriever
+    state: str
 
 
-def _lookups(
-    retriever: ExitRetriever, settings: DepthSettings, metrics: DecisionMetrics
-) -> LookupBatcher:
-    retriever.observe = metrics.looked_up
-    metrics.table(retriever.table_version, retriever.rows_by_task)
-    return LookupBatcher(
-        retriever.decide,
-        num_layers=retriever.num_layers,
-        timeout_s=settings.lookup_timeout_ms / 1000,
-        observe_wait=metrics.waited,
-    )
+class TableLoader:
+    """Makes gates that decide by the table; after the first one the encoder stays."""
+
+    def __init__(
+        self,
+        settings: DepthSettings,
+        backbone: BackboneIdentity,
+        tokenizer: Any,
+        served_names: Sequence[str],
+        valves: Valves | None = None,
+    ) -> None:
+        assert settings.table is not None
+        self.uri = settings.table
+        self._settings = settings
+        self._backbone = backbone
+        self._tokenizer = tokenizer
+        self._served_names = frozenset(served_names)
+        self._valves = valves or Valves()
+        self._retriever: ExitRetriever | None = None
+
+    def load(self, gate: Gate) -> Gate:
+        """`gate`, deciding by the table as it is now. Raises RaeeError for what does not fit."""
+        return self.deciding_by(self.open(), gate)
+
+    def open(self) -> OpenTable:
+        """The table as it is now. Raises RaeeError for what does not fit."""
+        state, settings = self.newest_state(), self._settings
+        retriever = ExitRetriever.open(
+            self.uri,
+            backbone=self._backbone,
+            encoder=settings.encoder,
+            max_distance=settings.max_distance,
+            fraction=settings.fraction,
+            vote_weight=settings.vote_weight,
+            old=self._retriever,
+        )
+        self._valves.check(retriever.num_layers, retriever.tasks)
+        rules = (f"{name} {settings.rule or c.rule}" for name, c in retriever.choices.items())
+        print(
+            f"raee-serve: exit table {self.uri}: {retriever.num_rows:,} rows, version "
+            f"{retriever.table_version}\n"
+            f"raee-serve: tasks and their rules: {', '.join(rules)}\n"
+            f"raee-serve: look-ups: time-out {settings.lookup_timeout_ms:g} ms",
+            flush=True,
+        )
+        return OpenTable(retriever, state)
+
+    def deciding_by(self, table: OpenTable, gate: Gate) -> Gate:
+        """`gate`, deciding by `table`."""
+        retriever, metrics = table.retriever, gate.metrics
+        self._retriever = retriever
+        retriever.observe = metrics.looked_up
+        metrics.table(retriever.table_version, retriever.rows_by_task)
+        return replace(
+            gate,
+            admission=self._admission(retriever),
+            lookups=self._lookups(retriever, gate),
+            snapshot=Snapshot(retriever.table_version, table.state, retriever.rows_by_task),
+        )
+
+    def newest_state(self) -> str:
+        """Of the table, as `Snapshot.state`; it changes with the table."""
+        return ExitTable.open(self.uri).state
+
+    def _admission(self, retriever: ExitRetriever) -> Admission:
+        labels = {
+            name: LabelOutputs.of(task, retriever.label_token_ids[name], self._tokenizer)
+            for name, task in retriever.tasks.items()
+            if task.kind == "labels"
+        }
+        return Admission(
+            retriever.num_layers,
+            retriever.tasks,
+            labels,
+            k=self._settings.k,
+            rule=self._settings.rule,
+            served_names=self._served_names,
+            valves=self._valves,
+        )
+
+    def _lookups(self, retriever: ExitRetriever, gate: Gate) -> LookupBatcher:
+        if gate.lookups is not None:
+            return gate.lookups.successor(retriever.decide)
+        return LookupBatcher(
+            retriever.decide,
+            num_layers=retriever.num_layers,
+            timeout_s=self._settings.lookup_timeout_ms / 1000,
+            observe_wait=gate.metrics.waited,
+        )
 
 
 def _number(text: str | None) -> int:

@@ -36,6 +36,7 @@ class LookupBatcher:
     becomes a decision for full depth: nothing is raised into a request.
 
     observe_wait: told the seconds that each look-up waited for its batch.
+    thread: of another batcher whose `decide` must not run beside this one's.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class LookupBatcher:
         num_layers: int,
         timeout_s: float,
         observe_wait: Callable[[float], None] = lambda _: None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self._decide = decide
         self._observe_wait = observe_wait
         self._num_layers = num_layers
         self._timeout_s = timeout_s
         self._waiting: deque[_Waiting] = deque()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="raee-lookup")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="raee-lookup")
         self._worker: asyncio.Task[None] | None = None
         self._logged: set[str] = set()
 
@@ -72,6 +74,16 @@ class LookupBatcher:
         finally:
             for entry in entries:  # late, or the client is gone: not worth encoding any more
                 entry.decision.cancel()
+
+    def successor(self, decide: Decide) -> LookupBatcher:
+        """One that decides otherwise, on the same thread; this one finishes what it has begun."""
+        return LookupBatcher(
+            decide,
+            num_layers=self._num_layers,
+            timeout_s=self._timeout_s,
+            observe_wait=self._observe_wait,
+            thread=self._thread,
+        )
 
     def close(self) -> None:
         """Let the thread end; a batch under way is not waited for."""

@@ -62,6 +62,15 @@ class DecisionMetrics:
         self._table = gauge("table_info", "The exit table that is loaded.", "version")
         self._table_rows = gauge("table_rows", "Rows of the loaded exit table.", "task")
         gauge("num_layers", "Layers of the backbone.").set(num_layers)
+        self._reloads = counter(
+            "table_reloads",
+            "Attempts to load the table anew: loaded, or kept as it was.",
+            "outcome",
+        )
+
+    def reloaded(self, outcome: str) -> None:
+        """outcome: loaded or kept."""
+        self._reloads.labels(outcome).inc()
 
     def record(self, decisions: Iterable[ExitDecision]) -> None:
         for decision in decisions:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope
 from raee_serve.server.explain import raee_object
 from raee_serve.server.gate import Gate
 from raee_serve.server.options import RequestError, shown
+from raee_serve.server.reload import ReloadError, Snapshot
 from raee_serve.server.request_body import is_json, parsed, read_body
 
 PREFIX = "/v1/raee/"
@@ -34,15 +35,23 @@ async def answer(gate: Gate, path: str, scope: Scope, receive: Receive) -> Respo
         raise RequestError(None, f"there is no {shown(path)} here", HTTPStatus.NOT_FOUND)
     if scope["method"] != "POST":
         raise RequestError(None, "allowed: POST", HTTPStatus.METHOD_NOT_ALLOWED)
+    body = {} if name in WITHOUT_BODY else await _body(gate, scope, receive)
+    if body is None:
+        return Response()  # to nobody: the client is gone
+    return JSONResponse(await HANDLERS[name](gate, body))
+
+
+async def _body(gate: Gate, scope: Scope, receive: Receive) -> dict[str, Any] | None:
+    """None if the client is gone."""
     if not is_json(scope):
         raise RequestError(None, "the content type is to be application/json")
     raw = await read_body(scope, receive, gate.access.max_body_bytes)
     if raw is None:
-        return Response()  # to nobody: the client is gone
+        return None
     body = parsed(raw)
     if body is None:
         raise RequestError(None, "the body is no JSON object")
-    return JSONResponse(await HANDLERS[name](gate, body))
+    return body
 
 
 async def preview(gate: Gate, body: dict[str, Any]) -> dict[str, Any]:
@@ -56,5 +65,26 @@ async def preview(gate: Gate, body: dict[str, Any]) -> dict[str, Any]:
     return raee_object(admitted.decisions, gate.table_version)
 
 
-HANDLERS: dict[str, Handler] = {"preview": preview}
+async def reload(gate: Gate, _: dict[str, Any]) -> dict[str, Any]:
+    """Take up the exit table as it is now; what was loaded before, and what is loaded."""
+    if gate.reloader is None:
+        raise RequestError(None, "this server was started without an exit table (--table)")
+    try:
+        old, new = await gate.reloader.reload()
+    except ReloadError as error:
+        raise RequestError(None, str(error), HTTPStatus.CONFLICT) from error
+    return {"object": "raee.reload", "old": _described(old), "new": _described(new)}
+
+
+def _described(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "version": snapshot.version,
+        "rows": sum(snapshot.rows.values()),
+        "tasks": dict(snapshot.rows),
+    }
+
+
+HANDLERS: dict[str, Handler] = {"preview": preview, "reload": reload}
 """By the last part of the path."""
+WITHOUT_BODY = frozenset({"reload"})
+"""Routes that take a POST as it is, and read no body."""

@@ -15,6 +15,7 @@ class DepthSettings:
 
     table: URI of the exit table; None with `exit_layer`.
     exit_layer: a number of layers or "full", as typed; None with `table`.
+    watch_table: seconds between looks at whether the table has changed; None for never.
     k, rule, fraction, vote_weight, encoder, max_distance: None leaves them to the table.
     """
 
@@ -27,6 +28,7 @@ class DepthSettings:
     lookup_timeout_ms: float = 250.0
     fraction: float | None = None
     vote_weight: float | None = None
+    watch_table: float | None = None
 
     def __post_init__(self) -> None:
         if (self.table is None) == (self.exit_layer is None):
@@ -34,6 +36,13 @@ class DepthSettings:
                 "give either --table DIR, for depths retrieved from an exit table, "
                 "or --exit-layer N|full, for one depth for all"
             )
+        if self.watch_table is not None:
+            if self.table is None:
+                raise RaeeError("--watch-table needs --table")
+            if not 0.1 <= self.watch_table <= 86400:
+                raise RaeeError(
+                    f"--watch-table is {self.watch_table:g}; allowed: 0.1..86400 seconds"
+                )
         if self.rule is not None and self.rule not in RULES:
             raise RaeeError(f"--rule is {self.rule!r}; allowed: {', '.join(sorted(RULES))}")
         if self.lookup_timeout_ms <= 0:

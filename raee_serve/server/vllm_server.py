@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -118,10 +120,11 @@ def prefer_native_dtype(args: Namespace) -> None:
         )
 
 
-async def serve(args: Namespace, gate: Gate) -> None:
+async def serve(args: Namespace, gate: Gate, watch_table_s: float | None) -> None:
     """Run the server until it is told to stop.
 
     It listens only once the engine is up; the gate, with encoder and table, is loaded already.
+    watch_table_s: seconds between looks at whether the table has changed; None for never.
     """
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn's own handler is in place
@@ -131,11 +134,24 @@ async def serve(args: Namespace, gate: Gate) -> None:
     try:
         async with build_async_engine_client(args) as engine:
             client = cast(EngineClient, DepthClient(engine, gate))
-            stopped = await build_and_serve(client, address, sock, args)
+            with _watching(gate, watch_table_s):
+                stopped = await build_and_serve(client, address, sock, args)
         await stopped  # after the engine is gone, as vLLM does
     finally:
         gate.close()
         sock.close()
+
+
+@contextmanager
+def _watching(gate: Gate, seconds: float | None) -> Iterator[None]:
+    if seconds is None or gate.reloader is None:
+        yield
+        return
+    watch = asyncio.create_task(gate.reloader.watch(seconds))
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 def _interrupt(*_: object) -> None:

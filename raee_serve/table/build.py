@@ -52,6 +52,7 @@ class BuildReport:
     """What building one task did.
 
     added: new rows; kept: rows that were there before; truncated: prompts cut to the model's limit.
+    replaced: rows that made way for these, None if none were to.
     overhead: (probe - bare forward) / bare forward on sample batches, None if nothing was added.
     """
 
@@ -61,10 +62,13 @@ class BuildReport:
     truncated: int
     seconds: float
     overhead: float | None
+    replaced: int | None = None
 
     def __str__(self) -> str:
         rate = self.added / self.seconds if self.seconds else 0.0
         line = f"{self.task}: {self.added} rows added, {self.kept} kept, {rate:.1f} rows/s"
+        if self.replaced is not None:
+            line += f", in place of {self.replaced}"
         if self.overhead is not None:
             line += f", probe overhead {self.overhead:+.1%}"
         if self.truncated:
@@ -84,22 +88,29 @@ class TaskBuilder:
         *,
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         store_text: bool = False,
+        replace: bool = False,
     ) -> None:
-        """Raises BindingError if the table holds the task under another template."""
+        """replace: what the table holds of the task makes way for what is built, at its end."""
         self.task = task
         self._table = table
         self._probe = probe
         self._encoder = encoder
         self._batch_tokens = batch_tokens
         self._store_text = store_text
+        self._replace = replace
         self._label_ids = task.label_token_ids(probe.tokenizer)
         depth = probe.num_layers
         self._layers = tuple(range(1, depth + 1)) if self._label_ids else free_text_layers(depth)
         self._truncated = 0
 
     def build(self, examples: Sequence[Example], *, progress: bool = True) -> BuildReport:
-        """Probes, embeds and stores `examples`; what is done when interrupted stays done."""
-        self._table.put_task(TaskEntry.of(self.task, self._label_ids, self._layers))
+        """Probes, embeds and stores `examples`; what is done when interrupted stays done.
+
+        Raises BindingError if the table holds the task under another template, unless it is to be
+        replaced.
+        """
+        entry = TaskEntry.of(self.task, self._label_ids, self._layers)
+        before = self._begin(entry)
         known = self._table.row_ids(self.task.name)
         by_id = {row_id(self.task.name, e.text, e.gold): e for e in examples}
         items = [self._tokenise(id, e) for id, e in by_id.items() if id not in known]
@@ -111,7 +122,8 @@ class TaskBuilder:
                 group = batches[first : first + BATCHES_PER_COMMIT]
                 self._table.add(self.task.name, self._rows(group, bar))
         seconds = time.perf_counter() - start
-        self._table.compact()
+        if self._replace:
+            self._table.finish_replace(self.task.name, by_id)
         return BuildReport(
             self.task.name,
             added=len(items),
@@ -119,7 +131,18 @@ class TaskBuilder:
             truncated=self._truncated,
             seconds=seconds,
             overhead=self._overhead(batches) if batches and self._label_ids else None,
+            replaced=before if self._replace else None,
         )
+
+    def _begin(self, entry: TaskEntry) -> int:
+        """The number of rows that the table holds of the task."""
+        held = entry.name in self._table.metadata.tasks
+        before = len(self._table.row_ids(entry.name)) if held else 0
+        if self._replace:
+            self._table.begin_replace(entry)
+        else:
+            self._table.put_task(entry)
+        return before
 
     def _tokenise(self, id: str, example: Example) -> Item:
         """The example as the server will see it, its document cut short where it must be."""

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 import torch
 
 from raee_serve.checkpoints import local_checkpoint
-from raee_serve.errors import RaeeError
+from raee_serve.errors import RaeeError, TableError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder
@@ -52,6 +52,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the backbone's weights")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle before --limit")
     parser.add_argument("--store-text", action="store_true", help="keep the texts in the table")
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="swap the tasks' rows for these, at once when a task is finished; a changed template "
+        "needs it",
+    )
 
 
 def run(args: Namespace) -> None:
@@ -65,6 +71,9 @@ def run(args: Namespace) -> None:
     encoder = Encoder(args.encoder, threads=torch.get_num_threads())
     metadata = TableMetadata(identify_backbone(checkpoint), encoder.identity())
     table = ExitTable.open_or_create(args.table, metadata)
+    if not args.replace:
+        for task, _ in work:
+            table.metadata.check_task(task, args.table)
     probe = LayerProbe(checkpoint, DTYPES[args.dtype])
     for task, examples in work:
         builder = TaskBuilder(
@@ -74,8 +83,17 @@ def run(args: Namespace) -> None:
             encoder,
             batch_tokens=args.batch_size,
             store_text=args.store_text,
+            replace=args.replace,
         )
         print(builder.build(examples), flush=True)
+    _compact(table)
+
+
+def _compact(table: ExitTable) -> None:
+    try:
+        table.compact()
+    except TableError as e:  # the rows are in; another builder that is at work compacts later
+        print(f"raee-serve build: not compacted: {e}", flush=True)
 
 
 def _sample(task: Task, args: Namespace) -> list[Example]:

@@ -23,9 +23,12 @@ def describe(uri: str) -> Iterator[str]:
     table = ExitTable.open(uri)
     metadata = table.metadata
     yield f"exit table {uri}: {table.count_rows()} rows, {table.size_bytes() / 1e6:.1f} MB"
+    yield f"version    {table.version}"
     yield f"backbone   {metadata.backbone}"
     yield f"encoder    {metadata.encoder}"
     yield f"metric     {metadata.metric}"
+    if unseen := table.count_unseen():
+        yield f"unseen     {unseen} rows of a replacement that has not been finished"
     for entry in metadata.tasks.values():
         yield ""
         yield from _describe_task(table, entry)

@@ -5,29 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raee_serve.errors import BindingError, TableError
+from raee_serve.errors import BindingError
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.table.task import Kind, Task
 
-FORMAT = 1
-"""Raised whenever rows or metadata change in a way older readers would misread."""
+FORMAT = 2
+"""Raised whenever rows or metadata change in a way older readers would misread. 1 kept its metadata
+in a LanceDB table of their own; it is read still, and becomes 2 with the first change."""
 METRIC = "cosine"
+REMEDY = "replace its rows (build --replace) or drop the task (table drop)"
 
 
 def row_schema(dimension: int) -> pa.Schema:
-    """Columns of the `exits` table; which of the nullable ones are filled depends on the kind."""
+    """Columns of an exit table; which of the nullable ones are filled depends on the kind."""
     floats = pa.list_(pa.float32())
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
-            pa.field("task", pa.string(), nullable=False),
+            pa.field("task", pa.string(), nullable=False),  # TaskEntry.shelf
             pa.field("vector", pa.list_(pa.float32(), dimension), nullable=False),
             pa.field("gold", pa.int32()),  # label index
             pa.field("label_logprobs", floats),  # num_layers * num_labels, layer-major
@@ -90,6 +91,8 @@ class TaskEntry:
     """What the table records about one of its tasks.
 
     version: Task.version at build time; layers: the probed ones, ascending, full depth last.
+    shelf: what stands in the `task` column of its rows; the table gives it. Replaced rows go to a
+        new shelf, and no reader sees them before the entry names it.
     """
 
     name: str
@@ -98,10 +101,17 @@ class TaskEntry:
     label_words: tuple[str, ...]
     label_token_ids: tuple[int, ...]
     layers: tuple[int, ...]
+    shelf: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, task: Task, label_token_ids: tuple[int, ...], layers: tuple[int, ...]) -> TaskEntry:
         return cls(task.name, task.version, task.kind, task.label_words, label_token_ids, layers)
+
+    def on_shelf(self, number: int) -> TaskEntry:
+        """A copy whose rows go to the shelf of that number; entries that differ share none."""
+        shape = [self.version, self.kind, self.label_words, self.label_token_ids, self.layers]
+        digest = hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
+        return replace(self, shelf=f"{self.name}/{digest}/{number}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,22 +138,14 @@ class TableMetadata:
     metric: str = METRIC
     format: int = FORMAT
 
-    def with_task(self, entry: TaskEntry) -> TableMetadata:
-        """A copy that also holds `entry`.
-
-        Raises BindingError if the task's rows were built otherwise (template, labels, layers).
-        """
+    def check_same(self, entry: TaskEntry, where: str) -> None:
+        """Raises BindingError if the table holds the task with rows that were built otherwise."""
         known = self.tasks.get(entry.name)
         if known is not None and known != entry:
             raise BindingError(
-                f"task {entry.name} is in this table as {known}, which differs from {entry}"
+                f"exit table {where} holds task {entry.name} as {_described(known)}, not as "
+                f"{_described(entry)}; {REMEDY}"
             )
-        return replace(self, tasks={**self.tasks, entry.name: entry})
-
-    def with_choice(self, task: str, choice: RuleChoice) -> TableMetadata:
-        """A copy that holds `choice` for one of its tasks."""
-        assert task in self.tasks, f"{task} is not in {list(self.tasks)}"
-        return replace(self, choices={**self.choices, task: choice})
 
     def check_backbone(self, backbone: BackboneIdentity, where: str) -> None:
         """Raises BindingError naming both backbones unless they are the same."""
@@ -160,39 +162,18 @@ class TableMetadata:
             )
 
     def check_task(self, task: Task, where: str) -> None:
-        """Raises BindingError naming both template versions unless they are the same."""
-        entry = self.tasks[task.name]
-        if entry.version != task.version:
+        """Raises BindingError naming both template versions if it holds the task under another."""
+        entry = self.tasks.get(task.name)
+        if entry is not None and entry.version != task.version:
             raise BindingError(
                 f"exit table {where} holds task {task.name} with prompt template version "
                 f"{entry.version} (label words {entry.label_words}), not {task.version} "
-                f"(label words {task.label_words}); rebuild it"
+                f"(label words {task.label_words}); {REMEDY}"
             )
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> TableMetadata:
-        """Raises TableError if the text is not metadata of this format."""
-        try:
-            raw = json.loads(text)
-            found = raw["format"], raw["metric"]
-            if found != (FORMAT, METRIC):
-                raise TableError(
-                    f"format and metric are {found}, this version reads {(FORMAT, METRIC)}"
-                )
-            return cls(
-                backbone=BackboneIdentity(**raw["backbone"]),
-                encoder=EncoderIdentity(**raw["encoder"]),
-                tasks={name: _task_entry(entry) for name, entry in raw["tasks"].items()},
-                choices={n: RuleChoice(**choice) for n, choice in raw.get("choices", {}).items()},
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-            raise TableError(f"metadata cannot be read ({type(e).__name__}: {e})") from e
-
-
-def _task_entry(raw: Mapping[str, Any]) -> TaskEntry:
-    lists = ("label_words", "label_token_ids", "layers")
-    fields: dict[str, Any] = {key: tuple(v) if key in lists else v for key, v in raw.items()}
-    return TaskEntry(**fields)
+def _described(entry: TaskEntry) -> str:
+    return (
+        f"template version {entry.version}, label words {entry.label_words}, their tokens "
+        f"{entry.label_token_ids}, layers {entry.layers}"
+    )

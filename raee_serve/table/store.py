@@ -1,44 +1,64 @@
 """Exit tables in LanceDB. The only module that imports lancedb.
 
-A table URI is a directory (or an object store's address) holding two LanceDB tables: `exits`, one
-row per labelled prompt, and `metadata`, one row of JSON.
+A table URI is a directory (or an object store's address) holding one LanceDB table: a row per
+labelled prompt, and the records (`records`). One LanceDB version is one state of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lancedb
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from raee_serve.errors import RaeeError, TableError
+from raee_serve.errors import BindingError, RaeeError, TableError
+from raee_serve.table import edits
+from raee_serve.table.columns import from_arrow, records_to_arrow, to_arrow
+from raee_serve.table.commit import commit, patiently
+from raee_serve.table.edits import Edit
+from raee_serve.table.records import (
+    BINDING,
+    CHANGE,
+    RECORD,
+    Change,
+    metadata_of,
+    metadata_of_format_1,
+    records_of,
+)
 from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows, row_schema
+from raee_serve.table.versions import (
+    KEEP,
+    Version,
+    check_target,
+    compact,
+    list_states,
+    read_records,
+)
 
-EXITS, METADATA = "exits", "metadata"
-METADATA_SCHEMA = pa.schema([("key", pa.string()), ("json", pa.string())])
-METADATA_KEY = "table"
-KEEP_OLD_VERSIONS = timedelta(minutes=10)
-"""Superseded files younger than this survive compaction, for readers that are just opening."""
+EXITS = "exits"
+METADATA = "metadata"
+"""The second LanceDB table of format 1, one row of JSON."""
+NAMED_IDS = 5
+"""Unknown row ids that an error names."""
 
 
 class ExitTable:
-    """One exit table, open for reading and adding rows."""
+    """One exit table, as it was when it was opened and after each change made through here.
+
+    Others may change it meanwhile: they are not seen before, and never half.
+    """
 
     def __init__(self, uri: str, database: Any) -> None:
         self.uri = uri
+        self._database = database
+        self._staged: dict[str, TaskEntry] = {}  # tasks whose rows are being replaced through here
         with _naming(uri, "cannot read it"):
             self._exits = database.open_table(EXITS)
-            self._metadata = database.open_table(METADATA)
-            stored = self._metadata.to_arrow().to_pylist()
-            if len(stored) != 1:
-                raise TableError(f"expected one metadata row, found {len(stored)}")
-            self.metadata = TableMetadata.from_json(stored[0]["json"])
+            self._read_metadata()
             expected = row_schema(self.metadata.encoder.dimension)
             if not self._exits.schema.equals(expected):
                 raise TableError(f"columns are\n{self._exits.schema}\nexpected\n{expected}")
@@ -50,9 +70,8 @@ class ExitTable:
             raise TableError(f"exit table {uri}: no such directory")
         with _naming(uri, "cannot open it"):
             database = lancedb.connect(uri)
-            missing = {EXITS, METADATA} - set(_table_names(database))
-            if missing:
-                raise TableError(f"no LanceDB table named {' or '.join(sorted(missing))} in it")
+            if EXITS not in _table_names(database):
+                raise TableError(f"no LanceDB table named {EXITS} in it")
         return cls(uri, database)
 
     @classmethod
@@ -63,47 +82,124 @@ class ExitTable:
         """
         with _naming(uri, "cannot create it"):
             database = lancedb.connect(uri)
-            names = _table_names(database)
-            if METADATA not in names:  # written last: a creation cut short is simply done again
-                if EXITS in names:
-                    database.drop_table(EXITS)
-                database.create_table(EXITS, schema=row_schema(metadata.encoder.dimension))
-                database.create_table(METADATA, data=_metadata_row(metadata))
+            records = {**records_of(metadata), CHANGE: Change("created").to_json()}
+            rows = records_to_arrow(records, row_schema(metadata.encoder.dimension))
+            try:
+                database.create_table(EXITS, data=rows)
+            except ValueError as error:
+                if "already exists" not in str(error):
+                    raise
         table = cls(uri, database)
         table.metadata.check_backbone(metadata.backbone, uri)
         table.metadata.check_encoder(metadata.encoder, uri)
         return table
 
+    @property
+    def version(self) -> int:
+        """Of the state that is seen here."""
+        return int(self._exits.version)
+
+    @property
+    def state(self) -> str:
+        """Another one for every other content that a table at this URI may have."""
+        return f"{self.version} {self._token}"
+
     def put_task(self, entry: TaskEntry) -> None:
         """Records a task; BindingError if its rows here were built otherwise."""
-        self._put_metadata(self.metadata.with_task(entry))
+        self.metadata.check_same(entry, self.uri)
+        if entry.name not in self.metadata.tasks:
+            self._commit(edits.add_task(entry.on_shelf(self._last_shelf(entry.name) + 1)))
+            self.metadata.check_same(entry, self.uri)  # another writer may have come first
 
     def put_choice(self, task: str, choice: RuleChoice) -> None:
         """Records how exits of one of its tasks are to be chosen."""
-        self._put_metadata(self.metadata.with_choice(task, choice))
+        self._commit(edits.choose(choice, self.metadata.tasks[task]))
 
     def add(self, task: str, rows: TaskRows) -> None:
-        """Appends rows whose id is new, in one atomic commit; others are left as they are."""
-        columns = _to_arrow(task, rows, self._exits.schema)
-        with _naming(self.uri, "cannot add rows"):
-            self._exits.merge_insert("id").when_not_matched_insert_all().execute(columns)
+        """Appends rows whose id is new, in one atomic commit; others are left as they are.
 
-    def compact(self) -> None:
-        """Merges the files of many small additions."""
+        Raises BindingError if the task has been dropped or replaced by another writer.
+        """
+        entry, staged = self._target(task), task in self._staged
+        what = f"{task}: {len(rows)} rows {'made ready' if staged else 'added'}"
+        self._commit(Edit(what, rows=to_arrow(entry.shelf, rows, self._exits.schema)))
+        now = self.metadata.tasks.get(task)
+        if not staged and (now is None or now.shelf != entry.shelf):
+            raise BindingError(
+                f"exit table {self.uri}: task {task} was dropped or replaced by another writer"
+            )
+
+    def begin_replace(self, entry: TaskEntry) -> None:
+        """From here on `add` and `row_ids` of this task mean rows that readers do not see yet.
+
+        They stay when the process ends, and the next replacement by the same template goes on
+        with them.
+        """
+        known = self.metadata.tasks.get(entry.name)
+        self._staged[entry.name] = entry.on_shelf(1 + (_number(known.shelf) if known else 0))
+
+    def finish_replace(self, task: str, ids: Collection[str]) -> None:
+        """Puts the rows of these ids in the place of all rows of the task, in one atomic commit.
+
+        Its calibrated choice, which was made from the old rows, goes with them. Raises TableError
+        if another writer has removed some of the rows.
+        """
+        self._exits.checkout_latest()
+        there = self._staged_ids(task, ids)
+        self._commit(edits.replace_rows(self._staged[task], len(ids), there - set(ids)))
+        self._staged_ids(task, ids)
+        del self._staged[task]
+
+    def drop_task(self, task: str) -> None:
+        """Removes a task with its rows and its choice. Raises TableError if it is not here."""
+        if task not in self.metadata.tasks:
+            known = ", ".join(self.metadata.tasks) or "none"
+            raise TableError(f"exit table {self.uri} holds no task {task!r}; it holds: {known}")
+        self._commit(edits.drop_task(task))
+
+    def delete_rows(self, ids: Collection[str]) -> None:
+        """Removes rows of any task. Raises TableError naming ids that are not here."""
+        known = {id for task in self.metadata.tasks for id in self.row_ids(task)}
+        if unknown := sorted(set(ids) - known):
+            more = f" and {len(unknown) - NAMED_IDS} more" if len(unknown) > NAMED_IDS else ""
+            raise TableError(
+                f"exit table {self.uri} holds no row {', '.join(unknown[:NAMED_IDS])}{more}; "
+                "nothing was deleted"
+            )
+        self._commit(edits.delete_rows(set(ids), self.metadata))
+
+    def history(self) -> list[Version]:
+        """Every state it can be rolled back to, oldest first."""
+        with _naming(self.uri, "cannot read its versions"):
+            return list_states(self._database.open_table(EXITS))
+
+    def rollback(self, number: int) -> None:
+        """Makes a new version that is all of an old one: rows, tasks and choices.
+
+        Raises TableError if there is no such version, or it is the present one.
+        """
+        with _naming(self.uri, "cannot roll back"):
+            check_target(self._database.open_table(EXITS), number)
+            patiently(self._exits, lambda: self._exits.restore(number))
+            self._read_metadata()
+
+    def compact(self, keep: timedelta = KEEP) -> None:
+        """Merges the files of many small additions, and drops versions beyond `keep`."""
         with _naming(self.uri, "cannot compact it"):
-            self._exits.optimize(cleanup_older_than=KEEP_OLD_VERSIONS)
+            patiently(self._exits, lambda: compact(self._exits, keep))
+            self._read_metadata()
 
     def row_ids(self, task: str) -> set[str]:
         with _naming(self.uri, "cannot read its row ids"):
-            return set(self._select(task, ["id"])["id"].to_pylist())
+            return set(self._select(self._target(task), ["id"])["id"].to_pylist())
 
     def count_rows(self) -> int:
-        return int(self._exits.count_rows())
+        return int(self._exits.count_rows(edits.rows_of(self.metadata)))
 
-    @property
-    def version(self) -> int:
-        """Of the rows; every addition makes a new one."""
-        return int(self._exits.version)
+    def count_unseen(self) -> int:
+        """Rows of replacements that have not been finished."""
+        seen = f"{edits.rows_of(self.metadata)} OR task = '{RECORD}'"
+        return int(self._exits.count_rows(f"NOT ({seen})"))
 
     def size_bytes(self) -> int:
         return int(self._exits.stats()["total_bytes"])
@@ -112,18 +208,51 @@ class ExitTable:
         """All rows of a task. Raises TableError naming what is wrong with them."""
         entry = self.metadata.tasks[task]
         with _naming(self.uri, f"rows of task {task}"):
-            return _from_arrow(self._select(task, None), entry, self.metadata)
+            return from_arrow(self._select(entry, None), entry, self.metadata)
 
-    def _put_metadata(self, metadata: TableMetadata) -> None:
-        self.metadata = metadata
-        with _naming(self.uri, "cannot write its metadata"):
-            update = self._metadata.merge_insert("key").when_matched_update_all()
-            update.execute(_metadata_row(metadata))
+    def _target(self, task: str) -> TaskEntry:
+        """Where rows of a task are to go."""
+        return self._staged.get(task) or self.metadata.tasks[task]
 
-    def _select(self, task: str, columns: list[str] | None) -> pa.Table:
-        # Task names come from the registry and hold no quotes.
-        query = self._exits.search().where(f"task = '{task}'")
+    def _staged_ids(self, task: str, wanted: Collection[str]) -> set[str]:
+        """Ids of the rows that are to replace a task's. Raises TableError if any wanted is gone."""
+        there = self.row_ids(task)
+        if gone := len(set(wanted) - there):
+            raise TableError(f"exit table {self.uri}: {gone} new rows of task {task} are gone")
+        return there
+
+    def _last_shelf(self, task: str) -> int:
+        """The highest number of a shelf on which rows of a task lie, seen or left over; else 0."""
+        with _naming(self.uri, "cannot read it"):
+            query = self._exits.search().where(edits.all_shelves(task)).select(["task"])
+            return max(map(_number, set(query.to_arrow()["task"].to_pylist())), default=0)
+
+    def _select(self, entry: TaskEntry, columns: list[str] | None) -> pa.Table:
+        query = self._exits.search().where(f"task = '{entry.shelf}'")
         return (query.select(columns) if columns else query).to_arrow()
+
+    def _read_metadata(self) -> None:
+        records = read_records(self._exits)
+        if BINDING in records:
+            self.metadata, self._format_1 = metadata_of(records), False
+            self._token = Change.of(records).token
+            return
+        if METADATA not in _table_names(self._database):
+            raise TableError("it holds no binding, so its creation was cut short; remove it")
+        stored = self._database.open_table(METADATA).to_arrow().to_pylist()
+        if len(stored) != 1:
+            raise TableError(f"expected one metadata row, found {len(stored)}")
+        self.metadata, self._format_1 = metadata_of_format_1(stored[0]["json"]), True
+        self._token = ""
+
+    def _commit(self, edit: Edit) -> None:
+        """Carries out an edit; then its outcome is seen here, with what others did before it."""
+        with _naming(self.uri, "cannot change it"):
+            if self._format_1:
+                commit(self._exits, edits.take_over(self.metadata))
+                self._database.drop_table(METADATA, ignore_missing=True)
+            commit(self._exits, edit)
+            self._read_metadata()
 
 
 @contextmanager
@@ -145,83 +274,6 @@ def _table_names(database: Any) -> list[str]:
     return list(database.list_tables().tables)
 
 
-def _metadata_row(metadata: TableMetadata) -> pa.Table:
-    row = {"key": METADATA_KEY, "json": metadata.to_json()}
-    return pa.Table.from_pylist([row], schema=METADATA_SCHEMA)
-
-
-def _to_arrow(task: str, rows: TaskRows, schema: pa.Schema) -> pa.Table:
-    n = len(rows)
-    dimension = schema.field("vector").type.list_size
-    assert rows.vectors.shape == (n, dimension), f"{rows.vectors.shape} is not [{n}, {dimension}]"
-    vectors = pa.FixedSizeListArray.from_arrays(rows.vectors.astype(np.float32).ravel(), dimension)
-    columns = [
-        rows.ids,
-        [task] * n,
-        vectors,
-        None if rows.golds is None else rows.golds.astype(np.int32),
-        _flat_rows(rows.label_logprobs),
-        _flat_rows(rows.reference_logprob),
-        _flat_rows(rows.agreement),
-        rows.texts,
-    ]
-    arrays = [
-        pa.nulls(n, field.type) if column is None else pa.array(column, field.type)
-        for field, column in zip(schema, columns, strict=True)
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def _flat_rows(values: NDArray[np.float32] | None) -> list[NDArray[np.float32]] | None:
-    return None if values is None else list(values.astype(np.float32).reshape(len(values), -1))
-
-
-def _from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) -> TaskRows:
-    n, num_layers = columns.num_rows, metadata.backbone.num_layers
-    vectors = _matrix(columns, "vector", (n, metadata.encoder.dimension))
-    lengths = np.linalg.norm(vectors, axis=1)
-    if not np.allclose(lengths, 1, atol=1e-3):
-        raise TableError(f"a vector has length {lengths[np.abs(lengths - 1).argmax()]:.3f}, not 1")
-    texts = columns["text"].to_pylist()
-    common = (columns["id"].to_pylist(), vectors)
-    if entry.kind == "labels":
-        labels = len(entry.label_words)
-        return TaskRows(
-            *common,
-            golds=_golds(columns, labels),
-            label_logprobs=_matrix(columns, "label_logprobs", (n, num_layers, labels)),
-            texts=texts,
-        )
-    probed = (n, len(entry.layers))
-    return TaskRows(
-        *common,
-        reference_logprob=_matrix(columns, "reference_logprob", probed),
-        agreement=_matrix(columns, "agreement", probed),
-        texts=texts,
-    )
-
-
-def _matrix(columns: pa.Table, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """A list column as a float32 array of that shape, all finite; else TableError."""
-    column = columns[name].combine_chunks()
-    width = int(np.prod(shape[1:]))
-    if column.null_count:
-        raise TableError(f"column {name} has {column.null_count} empty cells")
-    sizes = set(column.value_lengths().to_pylist()) - {width}
-    if sizes:
-        raise TableError(f"column {name} has cells of {sorted(sizes)} values, expected {width}")
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    if not np.isfinite(values).all():
-        raise TableError(f"column {name} holds values that are not finite")
-    return values.reshape(shape)
-
-
-def _golds(columns: pa.Table, num_labels: int) -> NDArray[np.int32]:
-    column = columns["gold"]
-    if column.null_count:
-        raise TableError(f"column gold has {column.null_count} empty cells")
-    golds = column.to_numpy()
-    outside = golds[(golds < 0) | (golds >= num_labels)]
-    if len(outside):
-        raise TableError(f"gold label {outside[0]} is not within 0..{num_labels - 1}")
-    return golds.astype(np.int32)
+def _number(shelf: str) -> int:
+    """Of a shelf's name; 0 for the only shelf a task had in format 1."""
+    return int(shelf.rpartition("/")[2]) if "/" in shelf else 0

@@ -1,5 +1,8 @@
 """Rows and metadata for small tables."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 
 from raee_serve.fingerprint import BackboneIdentity
@@ -12,6 +15,14 @@ ENCODER = EncoderIdentity("minilm", 8, "cd" * 32)
 
 def metadata(encoder: EncoderIdentity = ENCODER) -> TableMetadata:
     return TableMetadata(BACKBONE, encoder)
+
+
+def format_1_json(held: TableMetadata) -> str:
+    """Metadata as tables of format 1 had them, where tasks had no shelves."""
+    raw = asdict(held) | {"format": 1}
+    for task in raw["tasks"].values():
+        del task["shelf"]
+    return json.dumps(raw)
 
 
 def entry(name: str) -> TaskEntry:

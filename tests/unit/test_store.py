@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 
 import lancedb
@@ -12,10 +11,12 @@ import pytest
 
 from raee_serve.errors import BindingError, TableError
 from raee_serve.fingerprint import BackboneIdentity
+from raee_serve.table.columns import records_to_arrow
 from raee_serve.table.evidence import AGREEMENT, evidence_of
 from raee_serve.table.info_command import describe
-from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskRows, row_id
-from raee_serve.table.store import METADATA, ExitTable
+from raee_serve.table.records import Change, binding_record
+from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskRows, row_id, row_schema
+from raee_serve.table.store import EXITS, ExitTable
 from tests.unit.table_rows import BACKBONE, ENCODER, entry, label_rows, metadata, unit_vectors
 
 pytestmark = pytest.mark.unit
@@ -104,21 +105,24 @@ def test_missing_table_is_named_and_not_created(uri):
 
 
 def test_directory_without_a_table(tmp_path):
-    with pytest.raises(TableError, match=f"{re.escape(str(tmp_path))}.*exits or metadata"):
+    with pytest.raises(TableError, match=f"{re.escape(str(tmp_path))}.*named exits in it"):
         ExitTable.open(str(tmp_path))
 
 
 def test_no_vector_that_is_not_finite_gets_in(uri, table):
     rows = dataclasses.replace(label_rows(["a"]), vectors=np.full((1, 8), np.nan, np.float32))
-    with pytest.raises(TableError, match=f"{re.escape(uri)}: cannot add rows.*has NaNs"):
+    with pytest.raises(TableError, match=f"{re.escape(uri)}: cannot change it.*has NaNs"):
         table.add("sst2", rows)
 
 
-def test_creation_cut_short_is_done_again(uri, table):
-    shutil.rmtree(Path(uri) / f"{METADATA}.lance")
-    with pytest.raises(TableError, match="no LanceDB table named metadata"):
+def test_creation_cut_short_is_done_again(uri):
+    data = Path(uri) / f"{EXITS}.lance" / "data"
+    data.mkdir(parents=True)
+    (data / "0.lance").write_bytes(b"the first file, and no version yet")
+    with pytest.raises(TableError, match=f"{re.escape(uri)}.*not found"):
         ExitTable.open(uri)
     assert ExitTable.open_or_create(uri, metadata()).count_rows() == 0
+    assert ExitTable.open(uri).metadata == metadata()
 
 
 def test_other_backbone_names_both(uri, table):
@@ -138,16 +142,16 @@ def test_same_encoder_from_another_place_is_the_same(uri, table):
     assert ExitTable.open_or_create(uri, TableMetadata(BACKBONE, moved)).count_rows() == 0
 
 
-def test_task_built_otherwise_names_both(table):
+def test_task_built_otherwise_names_both_and_what_to_do(table):
     other = dataclasses.replace(entry("sst2"), version="0123456789ab")
-    with pytest.raises(BindingError, match=rf"{entry('sst2').version}.*0123456789ab"):
+    versions = rf"{entry('sst2').version}.*0123456789ab"
+    with pytest.raises(BindingError, match=rf"{versions}.*build --replace.*table drop"):
         table.put_task(other)
 
 
-def broken_metadata(uri, json_text):
-    lancedb.connect(uri).create_table(
-        METADATA, data=[{"key": "table", "json": json_text}], mode="overwrite"
-    )
+def broken_binding(uri, json_text):
+    rows = records_to_arrow({"binding": json_text}, row_schema(ENCODER.dimension))
+    lancedb.connect(uri).create_table(EXITS, data=rows, mode="overwrite")
 
 
 @pytest.mark.parametrize(
@@ -156,14 +160,21 @@ def broken_metadata(uri, json_text):
         ("{", "metadata cannot be read .*JSONDecodeError"),
         ("[]", "metadata cannot be read"),
         ("{}", "metadata cannot be read .*format"),
-        (json.dumps({"format": 99, "metric": "cosine"}), r"\(99, 'cosine'\)"),
-        (json.dumps({"format": 1, "metric": "l2"}), r"\(1, 'l2'\)"),
-        (metadata().to_json().replace("num_layers", "layers"), "metadata cannot be read"),
+        (json.dumps({"format": 99, "metric": "cosine"}), r"\(99, 'cosine'\).*formats 1 and 2"),
+        (json.dumps({"format": 2, "metric": "l2"}), r"\(2, 'l2'\)"),
+        (binding_record(metadata()).replace("num_layers", "layers"), "metadata cannot be read"),
     ],
 )
 def test_corrupt_metadata(uri, table, text, message):
-    broken_metadata(uri, text)
+    broken_binding(uri, text)
     with pytest.raises(TableError, match=f"{re.escape(uri)}.*{message}"):
+        ExitTable.open(uri)
+
+
+def test_rows_without_a_binding(uri, table):
+    rows = records_to_arrow({}, row_schema(ENCODER.dimension))
+    lancedb.connect(uri).create_table(EXITS, data=rows, mode="overwrite")
+    with pytest.raises(TableError, match=f"{re.escape(uri)}.*no binding"):
         ExitTable.open(uri)
 
 
@@ -171,8 +182,8 @@ def test_corrupt_files(uri, table):
     table.add("sst2", label_rows(["a", "b"]))
     for file in Path(uri).glob("exits.lance/data/*.lance"):
         file.write_bytes(b"not lance")
-    with pytest.raises(TableError, match=f"{re.escape(uri)}.*rows of task sst2"):
-        ExitTable.open(uri).rows("sst2")
+    with pytest.raises(TableError, match=f"{re.escape(uri)}: cannot read it"):
+        ExitTable.open(uri)
     for file in Path(uri).glob("exits.lance/_versions/*"):
         file.write_bytes(b"not lance")
     with pytest.raises(TableError, match=f"{re.escape(uri)}: cannot"):
@@ -180,7 +191,9 @@ def test_corrupt_files(uri, table):
 
 
 def test_other_columns(uri, table):
-    lancedb.connect(uri).create_table("exits", data=[{"id": "a"}], mode="overwrite")
+    records = {"binding": binding_record(metadata()), "change": Change("created").to_json()}
+    rows = records_to_arrow(records, row_schema(16))
+    lancedb.connect(uri).create_table(EXITS, data=rows, mode="overwrite")
     with pytest.raises(TableError, match=r"columns are(.|\n)*expected"):
         ExitTable.open(uri)
 
@@ -207,7 +220,8 @@ def test_info_describes_tasks_binding_and_rates(uri, table):
     table.add("sst2", label_rows(["a", "b"], right=[[0.9, 0.4, 0.6, 0.6]] * 2))
     table.put_task(entry("xsum"))
     text = "\n".join(describe(uri))
-    assert f"exit table {uri}: 2 rows" in text
+    assert f"exit table {uri}: 2 rows" in text and "version    4" in text
+    assert "unseen" not in text
     assert "LlamaForCausalLM (4 layers" in text and "minilm (8 dimensions" in text
     assert "sst2: 2 rows" in text and "terrible, great" in text
     assert "1: 100%  2: 0%  3: 100%  4: 100%" in text

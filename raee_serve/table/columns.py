@@ -1,0 +1,97 @@
+"""Rows as Arrow columns and back, checked on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raee_serve.errors import TableError
+from raee_serve.table.records import RECORD
+from raee_serve.table.schema import TableMetadata, TaskEntry, TaskRows
+
+
+def to_arrow(shelf: str, rows: TaskRows, schema: pa.Schema) -> pa.Table:
+    n = len(rows)
+    dimension = schema.field("vector").type.list_size
+    assert rows.vectors.shape == (n, dimension), f"{rows.vectors.shape} is not [{n}, {dimension}]"
+    vectors = pa.FixedSizeListArray.from_arrays(rows.vectors.astype(np.float32).ravel(), dimension)
+    columns = [
+        rows.ids,
+        [shelf] * n,
+        vectors,
+        None if rows.golds is None else rows.golds.astype(np.int32),
+        _flat_rows(rows.label_logprobs),
+        _flat_rows(rows.reference_logprob),
+        _flat_rows(rows.agreement),
+        rows.texts,
+    ]
+    arrays = [
+        pa.nulls(n, field.type) if column is None else pa.array(column, field.type)
+        for field, column in zip(schema, columns, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def records_to_arrow(records: Mapping[str, str], schema: pa.Schema) -> pa.Table:
+    """Records by id. The vector, which no row may be without, is one that every index can take."""
+    vectors = np.zeros((len(records), schema.field("vector").type.list_size), np.float32)
+    vectors[:, 0] = 1
+    return to_arrow(RECORD, TaskRows(list(records), vectors, texts=list(records.values())), schema)
+
+
+def _flat_rows(values: NDArray[np.float32] | None) -> list[NDArray[np.float32]] | None:
+    return None if values is None else list(values.astype(np.float32).reshape(len(values), -1))
+
+
+def from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) -> TaskRows:
+    n, num_layers = columns.num_rows, metadata.backbone.num_layers
+    vectors = _matrix(columns, "vector", (n, metadata.encoder.dimension))
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not np.allclose(lengths, 1, atol=1e-3):
+        raise TableError(f"a vector has length {lengths[np.abs(lengths - 1).argmax()]:.3f}, not 1")
+    texts = columns["text"].to_pylist()
+    common = (columns["id"].to_pylist(), vectors)
+    if entry.kind == "labels":
+        labels = len(entry.label_words)
+        return TaskRows(
+            *common,
+            golds=_golds(columns, labels),
+            label_logprobs=_matrix(columns, "label_logprobs", (n, num_layers, labels)),
+            texts=texts,
+        )
+    probed = (n, len(entry.layers))
+    return TaskRows(
+        *common,
+        reference_logprob=_matrix(columns, "reference_logprob", probed),
+        agreement=_matrix(columns, "agreement", probed),
+        texts=texts,
+    )
+
+
+def _matrix(columns: pa.Table, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A list column as a float32 array of that shape, all finite; else TableError."""
+    column = columns[name].combine_chunks()
+    width = int(np.prod(shape[1:]))
+    if column.null_count:
+        raise TableError(f"column {name} has {column.null_count} empty cells")
+    sizes = set(column.value_lengths().to_pylist()) - {width}
+    if sizes:
+        raise TableError(f"column {name} has cells of {sorted(sizes)} values, expected {width}")
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    if not np.isfinite(values).all():
+        raise TableError(f"column {name} holds values that are not finite")
+    return values.reshape(shape)
+
+
+def _golds(columns: pa.Table, num_labels: int) -> NDArray[np.int32]:
+    column = columns["gold"]
+    if column.null_count:
+        raise TableError(f"column gold has {column.null_count} empty cells")
+    golds = column.to_numpy()
+    outside = golds[(golds < 0) | (golds >= num_labels)]
+    if len(outside):
+        raise TableError(f"gold label {outside[0]} is not within 0..{num_labels - 1}")
+    return golds.astype(np.int32)

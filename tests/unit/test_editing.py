@@ -1,0 +1,263 @@
+"""Changing a table that is there: replace, drop, delete, and a table of the first format."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raee_serve import cli
+from raee_serve.errors import BindingError, TableError
+from raee_serve.table.columns import to_arrow
+from raee_serve.table.info_command import describe
+from raee_serve.table.schema import RuleChoice, TableMetadata, row_schema
+from raee_serve.table.store import METADATA, ExitTable
+from tests.unit.table_rows import ENCODER, entry, format_1_json, label_rows, metadata, unit_vectors
+
+pytestmark = pytest.mark.unit
+
+CHOICE = RuleChoice("earliest", 3, 0.9, 2.0)
+OTHER = dataclasses.replace(entry("sst2"), version="0123456789ab")
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return str(tmp_path / "table")
+
+
+@pytest.fixture
+def table(uri):
+    """Two tasks of two rows each, one of them calibrated."""
+    table = ExitTable.open_or_create(uri, metadata())
+    for name in ("sst2", "mr"):
+        table.put_task(entry(name))
+        table.add(name, label_rows([f"{name}-a", f"{name}-b"]))
+    table.put_choice("sst2", CHOICE)
+    return table
+
+
+def ids(uri, task="sst2"):
+    return sorted(ExitTable.open(uri).rows(task).ids)
+
+
+def test_a_replacement_is_seen_at_once_and_only_when_it_is_finished(uri, table):
+    table.begin_replace(OTHER)
+    assert table.row_ids("sst2") == set()
+    table.add("sst2", label_rows(["new"]))
+    table.add("sst2", label_rows(["sst2-a"]))
+    seen = ExitTable.open(uri)
+    assert seen.metadata.tasks["sst2"] == entry("sst2") and seen.metadata.choices
+    assert seen.count_rows() == 4 and ids(uri) == ["sst2-a", "sst2-b"]
+    assert "2 rows of a replacement that has not been finished" in "\n".join(describe(uri))
+    table.finish_replace("sst2", {"new", "sst2-a"})
+    assert seen.rows("sst2").ids == ["sst2-a", "sst2-b"]  # who had it open has it still
+    seen = ExitTable.open(uri)
+    assert seen.metadata.tasks["sst2"] == OTHER and ids(uri) == ["new", "sst2-a"]
+    assert (seen.count_rows(), seen.count_unseen()) == (4, 0)
+    assert ids(uri, "mr") == ["mr-a", "mr-b"]
+
+
+def test_a_choice_goes_with_the_rows_it_was_made_from(uri, table):
+    table.put_choice("mr", CHOICE)
+    table.begin_replace(entry("sst2"))
+    table.add("sst2", label_rows(["new"]))
+    ExitTable.open(uri).put_choice("sst2", CHOICE)  # late: for the rows that are about to go
+    table.finish_replace("sst2", {"new"})
+    assert ExitTable.open(uri).metadata.choices == {"mr": CHOICE}
+
+
+def test_a_replacement_goes_on_where_it_was_cut_short(uri, table):
+    table.begin_replace(entry("sst2"))
+    table.add("sst2", label_rows(["new", "dropped from the second list"]))
+    again = ExitTable.open(uri)
+    again.begin_replace(entry("sst2"))
+    assert again.row_ids("sst2") == {"new", "dropped from the second list"}
+    again.add("sst2", label_rows(["newer"]))
+    again.finish_replace("sst2", {"new", "newer"})
+    assert ids(uri) == ["new", "newer"] and ExitTable.open(uri).count_unseen() == 0
+
+
+def test_rows_of_another_template_are_no_part_of_a_replacement(uri, table):
+    table.begin_replace(OTHER)
+    table.add("sst2", label_rows(["by the other template"]))
+    again = ExitTable.open(uri)
+    again.begin_replace(entry("sst2"))
+    assert again.row_ids("sst2") == set()
+    again.finish_replace("sst2", set())
+    assert ids(uri) == [] and ExitTable.open(uri).count_unseen() == 0
+
+
+def test_a_replacement_whose_rows_went_is_not_finished(uri, table):
+    table.begin_replace(entry("sst2"))
+    table.add("sst2", label_rows(["new"]))
+    ExitTable.open(uri).drop_task("sst2")
+    with pytest.raises(TableError, match=f"{re.escape(uri)}: 2 new rows of task sst2 are gone"):
+        table.finish_replace("sst2", {"new", "newer"})
+
+
+def test_replacing_a_task_that_is_not_there_puts_it_there(uri, table):
+    table.begin_replace(entry("cr"))
+    table.add("cr", label_rows(["c"]))
+    assert "cr" not in ExitTable.open(uri).metadata.tasks
+    table.finish_replace("cr", {"c"})
+    assert ids(uri, "cr") == ["c"]
+
+
+def test_who_adds_to_a_task_that_was_replaced_or_dropped_is_told(uri, table):
+    late, later = ExitTable.open(uri), ExitTable.open(uri)
+    table.begin_replace(OTHER)
+    table.add("sst2", label_rows(["new"]))
+    table.finish_replace("sst2", {"new"})
+    with pytest.raises(BindingError, match=f"{re.escape(uri)}: task sst2 was dropped or replaced"):
+        late.add("sst2", label_rows(["late"]))
+    assert ids(uri) == ["new"]
+    table.drop_task("sst2")
+    with pytest.raises(BindingError, match="dropped or replaced"):
+        later.add("sst2", label_rows(["later"]))
+    fresh = ExitTable.open(uri)
+    fresh.put_task(entry("sst2"))  # rows that came too late do not come back with it
+    assert ids(uri) == []
+
+
+def test_of_two_who_add_a_task_at_once_the_second_must_agree(uri, table):
+    same, other = ExitTable.open(uri), ExitTable.open(uri)
+    table.put_task(entry("cr"))
+    table.add("cr", label_rows(["c"]))
+    same.put_task(entry("cr"))
+    same.add("cr", label_rows(["c", "d"]))
+    assert ids(uri, "cr") == ["c", "d"]
+    with pytest.raises(BindingError, match="0123456789ab"):
+        other.put_task(dataclasses.replace(entry("cr"), version="0123456789ab"))
+
+
+def test_dropping_a_task_leaves_the_others(uri, table):
+    table.drop_task("sst2")
+    left = ExitTable.open(uri)
+    assert list(left.metadata.tasks) == ["mr"] and left.metadata.choices == {}
+    assert left.count_rows() == 2
+    with pytest.raises(TableError, match="holds no task 'sst2'; it holds: mr"):
+        table.drop_task("sst2")
+    left.put_task(OTHER)  # under whatever template
+    left.add("sst2", label_rows(["sst2-a"]))
+    assert ids(uri) == ["sst2-a"]
+
+
+def test_dropping_a_task_leaves_one_whose_name_begins_like_it(uri, table):
+    table.put_task(entry("sst5"))
+    longer = dataclasses.replace(entry("sst5"), name="sst2x")
+    table.put_task(longer)
+    table.drop_task("sst2")
+    assert set(ExitTable.open(uri).metadata.tasks) == {"mr", "sst5", "sst2x"}
+
+
+def test_rows_are_deleted_by_id_in_any_task(uri, table):
+    table.delete_rows(["sst2-a", "mr-b", "mr-b"])
+    assert ids(uri) == ["sst2-b"] and ids(uri, "mr") == ["mr-a"]
+    table.delete_rows(["sst2-b"])
+    assert ids(uri) == [] and "sst2" in ExitTable.open(uri).metadata.tasks
+
+
+def test_unknown_ids_are_named_and_nothing_is_deleted(uri, table):
+    unknown = [f"it's {n}" for n in range(9)]
+    with pytest.raises(TableError, match=r"no row it's 0, .*it's 4 and 4 more; nothing was"):
+        table.delete_rows(["sst2-a", *unknown])
+    with pytest.raises(TableError, match="no row binding"):
+        table.delete_rows(["binding"])  # a record is no row
+    assert ids(uri) == ["sst2-a", "sst2-b"]
+
+
+@pytest.fixture
+def old(uri):
+    """The directory of a table of format 1: two rows of sst2, calibrated."""
+    database = lancedb.connect(uri)
+    schema = row_schema(ENCODER.dimension)
+    exits = database.create_table("exits", schema=schema)
+    exits.add(to_arrow("sst2", label_rows(["a", "b"]), schema))
+    held = dataclasses.replace(entry("sst2"), shelf="")
+    data = TableMetadata(metadata().backbone, ENCODER, {"sst2": held}, {"sst2": CHOICE})
+    rows = pa.Table.from_pylist([{"key": "table", "json": format_1_json(data)}])
+    database.create_table(METADATA, data=rows)
+    return uri
+
+
+def test_a_table_of_format_1_opens_and_is_left_alone_by_readers(old):
+    table = ExitTable.open(old)
+    assert table.metadata.tasks == {"sst2": entry("sst2")}
+    assert table.metadata.choices == {"sst2": CHOICE}
+    assert table.count_rows() == 2 and sorted(table.rows("sst2").ids) == ["a", "b"]
+    assert table.history() == [] and (Path(old) / f"{METADATA}.lance").is_dir()
+
+
+def test_a_table_of_format_1_is_taken_over_by_the_first_change(old):
+    table = ExitTable.open_or_create(old, metadata())
+    table.add("sst2", label_rows(["b", "c"], vectors=unit_vectors(2, seed=1)))
+    assert not (Path(old) / f"{METADATA}.lance").exists()
+    taken = ExitTable.open(old)
+    assert taken.metadata == table.metadata and taken.metadata.choices == {"sst2": CHOICE}
+    assert ids(old) == ["a", "b", "c"]
+    assert [v.rows for v in taken.history()] == [2, 3]
+    with pytest.raises(TableError, match="version 1 is of format 1"):
+        taken.rollback(1)
+    taken.begin_replace(OTHER)
+    taken.add("sst2", label_rows(["new"]))
+    taken.finish_replace("sst2", {"new"})
+    assert ids(old) == ["new"] and ExitTable.open(old).count_unseen() == 0
+
+
+def run(*argv):
+    return cli.main(["table", *argv])
+
+
+def test_commands(uri, table, tmp_path, capsys, monkeypatch):
+    version = table.version
+    listed = tmp_path / "ids"
+    listed.write_text("sst2-b\nmr-b\n")
+    assert run("delete", uri, "--id", "sst2-a", "--ids", str(listed)) == 0
+    assert "deleted 3 rows; 1 rows left" in capsys.readouterr().out
+    assert run("rollback", uri, "--to", str(version)) == 0
+    assert f"is version {version} again: 4 rows" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", listed.open())
+    assert run("delete", uri, "--ids", "-") == 0
+    assert run("drop", uri, "--task", "mr") == 0
+    assert run("compact", uri, "--keep-days", "1") == 0
+    capsys.readouterr()
+    assert run("history", uri) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3:] for line in lines[-4:]] == [
+        ["1", "3", "rows", "deleted"],
+        ["4", "rolled", "back", "to", "version", str(version)],
+        ["2", "2", "rows", "deleted"],
+        ["1", "task", "mr", "dropped"],
+    ]
+    assert np.all(np.diff([int(line.split()[0]) for line in lines[1:]]) > 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["delete"], "no row ids given; use --id ID or --ids FILE"),
+        (["delete", "--id", "nobody"], "holds no row nobody; nothing was deleted"),
+        (["delete", "--ids", "/nowhere"], "cannot read row ids from /nowhere"),
+        (["drop", "--task", "trec"], "holds no task 'trec'; it holds: mr, sst2"),
+        (["rollback", "--to", "99"], "there is no version 99; there are 1-"),
+        (["compact", "--keep-days", "-1"], "--keep-days is -1; allowed: 0"),
+    ],
+)
+def test_commands_name_what_is_wrong(uri, table, capsys, argv, message):
+    before = table.version
+    assert run(argv[0], uri, *argv[1:]) == 1
+    assert message in capsys.readouterr().err
+    assert ExitTable.open(uri).version == before
+
+
+def test_the_table_commands_are_listed(capsys):
+    assert cli.main(["table", "--help"]) == 0
+    listed = capsys.readouterr().out
+    assert cli.main(["table"]) == 2
+    assert capsys.readouterr().out == listed
+    for name in ("info", "history", "rollback", "drop", "delete", "compact"):
+        assert f"table {name} " in listed
+    assert "serve" not in listed
