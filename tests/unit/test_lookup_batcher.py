@@ -134,3 +134,20 @@ def test_what_is_reported_is_the_wait_of_the_request():
         return (await waiting)[0].lookup_ms
 
     assert asyncio.run(scenario()) >= 15  # the decider itself states 0
+
+
+def test_a_successor_shares_the_thread():
+    first, second = Decider(open_at_once=False), Decider()
+
+    async def scenario():
+        old = batcher(first)
+        asked = [asyncio.create_task(old.decide(lookups(1)))]
+        await until(lambda: first.batches)
+        asked.append(asyncio.create_task(old.successor(second).decide(lookups(2))))
+        await asyncio.sleep(0.05)
+        assert not second.batches  # its turn comes when the other's batch is decided
+        first.gate.set()
+        assert [layers_of(d) for d in await asyncio.gather(*asked)] == [[1], [2]]
+        old.close()
+
+    asyncio.run(scenario())

@@ -25,6 +25,7 @@ from raee_serve.server.limits import LabelOutputs
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.middleware import RaeeMiddleware
+from raee_serve.server.reload import ReloadError, Snapshot
 from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.task import Task
 
@@ -97,12 +98,12 @@ class Server:
             return StreamingResponse(iter([b"data: [DONE]\n\n"]), media_type="text/event-stream")
         return JSONResponse("ok")
 
-    def post(self, path="/v1/completions", *, content=None, headers=None, **body):
+    def post(self, path="/v1/completions", *, content=None, headers=None, method="POST", **body):
         async def send():
             transport = httpx.ASGITransport(self.app)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 sent = {"content": content} if content is not None else {"json": body}
-                return await client.post(path, **sent, headers=headers)
+                return await client.request(method, path, **sent, headers=headers)
 
         return asyncio.run(send())
 
@@ -170,6 +171,66 @@ def test_what_is_no_request_reaches_the_application_as_it_came(raw):
     answer = server.post(content=raw, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert server.bodies == [raw]
+
+
+class Reloader:
+    """In the place of a `TableReloader`, at version 3."""
+
+    def __init__(self, gate, error=None):
+        self.gate, self.error = replace(gate, reloader=self), error
+
+    async def reload(self):
+        if self.error:
+            raise self.error
+        return Snapshot(2, "a", {"sst2": 7}), Snapshot(3, "b", {"sst2": 8, "mr": 1})
+
+
+def reloading(error=None, **options):
+    server = Server(**options)
+    gate = Reloader(server.app.state.engine_client.gate, error).gate
+    server.app.state.engine_client = DepthClient(server.engine, gate)
+    return server
+
+
+def test_a_reload_says_what_was_and_what_is_loaded():
+    answer = reloading().post("/v1/raee/reload", content=b"")
+    assert answer.status_code == 200 and answer.json() == {
+        "object": "raee.reload",
+        "old": {"version": 2, "rows": 7, "tasks": {"sst2": 7}},
+        "new": {"version": 3, "rows": 9, "tasks": {"sst2": 8, "mr": 1}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status", "kind"),
+    [
+        ("/v1/raee/reload", "GET", 405, "MethodNotAllowedError"),
+        ("/v1/raee/reload", "DELETE", 405, "MethodNotAllowedError"),
+        ("/v1/raee/nothing", "POST", 404, "NotFoundError"),
+        ("/v1/raee/", "POST", 404, "NotFoundError"),
+    ],
+)
+def test_our_routes_take_posts_of_what_there_is(path, method, status, kind):
+    answer = reloading().post(path, method=method)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
+
+
+def test_a_reload_that_fails_says_why():
+    answer = reloading(ReloadError("version 2 stays loaded: because")).post("/v1/raee/reload")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (409, "ConflictError")
+    assert answer.json()["error"]["message"] == "version 2 stays loaded: because"
+
+
+def test_a_server_without_a_table_has_nothing_to_reload():
+    answer = Server(fixed_layer=7).post("/v1/raee/reload")
+    assert answer.status_code == 400 and "without an exit table" in answer.text
+
+
+def test_our_routes_are_behind_the_api_key():
+    server = reloading(api_key="secret")
+    assert server.post("/v1/raee/reload").status_code == 401
+    answer = server.post("/v1/raee/reload", headers={"authorization": "Bearer secret"})
+    assert answer.status_code == 200
 
 
 def test_other_content_types_and_routes_are_left_alone():
