@@ -25,6 +25,7 @@ from raee_serve.server.limits import LabelOutputs
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.middleware import RaeeMiddleware
+from raee_serve.server.reload import Snapshot
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.valves import Valves
 from raee_serve.table.prompts import CompletionPrompt
@@ -90,7 +91,7 @@ class Server:
             metrics=self.metrics,
             access=access or Access(),
             sampler=FullDepthSampler(self.valves.sample_full, self.metrics, seed),
-            table_version=3,
+            snapshot=Snapshot(3, "b", {"sst2": 8, "mr": 1}),
         )
         paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
         guard = Middleware(AuthenticationMiddleware, tokens=[api_key] if api_key else [])

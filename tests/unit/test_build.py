@@ -1,5 +1,6 @@
 """Building a table from a tiny random backbone with the real encoder, through the command line."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -22,9 +23,10 @@ from raee_serve.table.build import (
 )
 from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
+from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.schema import TableMetadata, row_id
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.table.tasks import TASKS, get_task
 from tests.tiny import tokenized_gemma3, tokenized_llama
 
 pytestmark = pytest.mark.unit
@@ -131,6 +133,22 @@ def test_building_again_adds_nothing(table, probe, encoder):
     assert probe.asked == []
 
 
+def test_replacing_swaps_the_rows_when_the_build_is_done(table, probe, encoder):
+    build("sst2", table, probe, encoder, EXAMPLES[:6])
+    probe.asked, probe.fail_at = [], BATCHES_PER_COMMIT + 2
+    with pytest.raises(KeyboardInterrupt):
+        build("sst2", table, probe, encoder, batch_tokens=10, replace=True)
+    seen = ExitTable.open(table.uri)
+    ready = seen.count_unseen()
+    assert seen.count_rows() == 6 and 0 < ready < len(EXAMPLES)
+    probe.fail_at, probe.asked = None, []
+    report = build("sst2", seen, probe, encoder, EXAMPLES[2:], batch_tokens=10, replace=True)
+    assert (report.added + report.kept, report.replaced) == (len(EXAMPLES) - 2, 6)
+    assert 0 < report.kept <= ready and "in place of 6" in str(report)
+    expected = {row_id("sst2", e.text, e.gold) for e in EXAMPLES[2:]}
+    assert ExitTable.open(table.uri).row_ids("sst2") == expected and seen.count_unseen() == 0
+
+
 def test_repeated_examples_become_one_row(table, probe, encoder):
     report = build("sst2", table, probe, encoder, [EXAMPLES[0]] * 3)
     assert report.added == table.count_rows() == 1
@@ -211,6 +229,24 @@ def test_command_builds_a_table_that_decides(family, tmp_path, smollm2, capsys):
         assert decision.distance == pytest.approx(0, abs=1e-4)
 
 
+def test_command_replaces_a_task_of_another_template(tmp_path, smollm2, capsys, monkeypatch):
+    model = str(tokenized_llama(tmp_path / "model", smollm2))
+    data, uri = str(write_data(tmp_path / "data")), str(tmp_path / "table")
+    command = ["build", "--model", model, "--task", "sst2", "--data", data, "--table", uri]
+    assert cli.main([*command, "--limit", "4"]) == 0
+    prompt = CompletionPrompt("{text} All in all it was")
+    changed = dataclasses.replace(TASKS["sst2"], prompt=prompt)
+    monkeypatch.setitem(TASKS, "sst2", changed)
+    assert cli.main([*command, "--limit", "6"]) == 1
+    error = capsys.readouterr().err
+    assert get_task("sst2").version in error and "build --replace" in error
+    assert ExitTable.open(uri).count_rows() == 4
+    assert cli.main([*command, "--limit", "6", "--replace"]) == 0
+    assert "6 rows added, 0 kept" in capsys.readouterr().out
+    table = ExitTable.open(uri)
+    assert table.metadata.tasks["sst2"].version == changed.version and table.count_rows() == 6
+
+
 def test_command_refuses_another_backbone(tmp_path, smollm2, capsys):
     first, second = (str(tokenized_llama(tmp_path / str(seed), smollm2, seed)) for seed in (1, 2))
     data, uri = str(write_data(tmp_path / "data")), str(tmp_path / "table")
@@ -241,9 +277,9 @@ def test_command_names_what_is_wrong(checkpoint, tmp_path, capsys, options, mess
 
 
 def test_command_line_without_a_command(capsys):
-    for argv in ([], ["build", "--nonsense"], ["table"], ["train"]):
+    for argv in ([], ["build", "--nonsense"], ["table", "sell"], ["train"]):
         with pytest.raises(SystemExit):
             cli.main(argv)
-    assert "'build', 'table info', 'calibrate', 'serve', 'eval'" in capsys.readouterr().err
+    assert "'table compact', 'calibrate', 'serve', 'eval'" in capsys.readouterr().err
     assert cli.main(["table", "info", "/nowhere"]) == 1
     assert "exit table /nowhere: no such directory" in capsys.readouterr().err

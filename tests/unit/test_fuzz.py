@@ -16,7 +16,7 @@ from tests.unit.serving import DECISION, Server
 pytestmark = pytest.mark.unit
 
 REQUESTS = int(os.environ.get("RAEE_FUZZ", "300"))
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/raee/preview")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/raee/preview", "/v1/raee/reload")
 
 texts = st.text(st.characters(codec=None), max_size=20) | st.sampled_from(
     ["film It was", " It was", "\ud800 It was", "\x00", "sst2", "fused", "full", "auto"]

@@ -141,3 +141,22 @@ def test_the_wait_of_each_look_up_for_its_batch_is_told():
     service = LookupBatcher(decider, num_layers=NUM_LAYERS, timeout_s=5, observe_wait=waits.append)
     asyncio.run(service.decide(lookups(1, 2)))
     assert len(waits) == 2 and all(wait >= 0 for wait in waits)
+    asyncio.run(service.successor(decider).decide(lookups(3)))
+    assert len(waits) == 3
+
+
+def test_a_successor_shares_the_thread():
+    first, second = Decider(open_at_once=False), Decider()
+
+    async def scenario():
+        old = batcher(first)
+        asked = [asyncio.create_task(old.decide(lookups(1)))]
+        await until(lambda: first.batches)
+        asked.append(asyncio.create_task(old.successor(second).decide(lookups(2))))
+        await asyncio.sleep(0.05)
+        assert not second.batches  # its turn comes when the other's batch is decided
+        first.gate.set()
+        assert [layers_of(d) for d in await asyncio.gather(*asked)] == [[1], [2]]
+        old.close()
+
+    asyncio.run(scenario())

@@ -1,15 +1,37 @@
 """Our own routes: who may call them, and what they answer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from raee_serve.server.access import Access
+from raee_serve.server.engine_client import DepthClient
+from raee_serve.server.reload import ReloadError, Snapshot
 from tests.unit.serving import ALLOWED, Server
 
 pytestmark = pytest.mark.unit
 
-PREVIEW = "/v1/raee/preview"
+PREVIEW, RELOAD = "/v1/raee/preview", "/v1/raee/reload"
+
+
+class Reloader:
+    """In the place of a `TableReloader`, at version 3."""
+
+    def __init__(self, gate, error=None):
+        self.gate, self.error = replace(gate, reloader=self), error
+
+    async def reload(self):
+        if self.error:
+            raise self.error
+        return Snapshot(2, "a", {"sst2": 7}), Snapshot(3, "b", {"sst2": 8, "mr": 1})
+
+
+def reloading(error=None, **options):
+    server = Server(**options)
+    gate = Reloader(server.gate, error).gate
+    server.app.state.engine_client = DepthClient(server.engine, gate)
+    return server
 
 
 def error(answer):
@@ -17,8 +39,9 @@ def error(answer):
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
-def test_another_method_is_a_405(method):
-    answer = Server().post(PREVIEW, method=method, prompt="a")
+@pytest.mark.parametrize("path", [PREVIEW, RELOAD])
+def test_another_method_is_a_405(method, path):
+    answer = Server().post(path, method=method, prompt="a")
     assert error(answer) == (405, "MethodNotAllowedError", None)
     assert answer.headers["allow"] == "POST"
 
@@ -28,12 +51,13 @@ def test_an_unknown_route_is_a_404(path):
     assert error(Server().post(path, prompt="a")) == (404, "NotFoundError", None)
 
 
-def test_a_switched_off_route_is_a_404():
-    server = Server(access=Access(frozenset({"preview"})))
-    assert error(server.post(PREVIEW, prompt="a")) == (404, "NotFoundError", None)
+@pytest.mark.parametrize("path", [PREVIEW, RELOAD])
+def test_a_switched_off_route_is_a_404(path):
+    server = reloading(access=Access(frozenset({"preview", "reload"})))
+    assert error(server.post(path, prompt="a")) == (404, "NotFoundError", None)
 
 
-@pytest.mark.parametrize("path", [PREVIEW, "/v1/raee/nothing"])
+@pytest.mark.parametrize("path", [PREVIEW, RELOAD, "/v1/raee/nothing"])
 def test_the_api_key_guards_every_route(path):
     server = Server(api_key="secret")
     for headers in ({}, {"authorization": "Bearer wrong"}):
@@ -120,3 +144,23 @@ def test_too_many_prompts_are_a_400(path):
 def test_an_error_repeats_only_the_beginning_of_what_was_sent():
     answer = Server().post(prompt="a", raee={"task": "x" * 100_000})
     assert answer.status_code == 400 and len(answer.content) < 1000
+
+
+def test_a_reload_says_what_was_and_what_is_loaded():
+    answer = reloading().post(RELOAD, content=b"")
+    assert answer.status_code == 200 and answer.json() == {
+        "object": "raee.reload",
+        "old": {"version": 2, "rows": 7, "tasks": {"sst2": 7}},
+        "new": {"version": 3, "rows": 9, "tasks": {"sst2": 8, "mr": 1}},
+    }
+
+
+def test_a_reload_that_fails_says_why():
+    answer = reloading(ReloadError("version 2 stays loaded: because")).post(RELOAD)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (409, "ConflictError")
+    assert answer.json()["error"]["message"] == "version 2 stays loaded: because"
+
+
+def test_a_server_without_a_table_has_nothing_to_reload():
+    answer = Server(fixed_layer=7).post(RELOAD)
+    assert answer.status_code == 400 and "without an exit table" in answer.text

@@ -1,0 +1,89 @@
+"""The running server takes up new versions of its table, and no request notices."""
+
+import shutil
+import threading
+import urllib.request
+
+import pytest
+
+from raee_serve.table.store import ExitTable
+from tests.server.asking import complete, post
+from tests.server.conftest import MODEL, ROWS
+
+pytestmark = pytest.mark.server
+
+RELOAD = "/v1/raee/reload"
+NAMED = {"task": "demo_sentiment"}
+BOTH = {"demo_chat_sentiment": ROWS, "demo_sentiment": ROWS}
+
+
+@pytest.fixture
+def table(served, built_table):
+    """The server's table as it was built, loaded; again so afterwards, for the tests to come."""
+
+    def restore():
+        shutil.rmtree(served.table, ignore_errors=True)
+        shutil.copytree(built_table, served.table)
+        status, _, answer = post(served, RELOAD, b"")
+        assert (status, answer["new"]["tasks"]) == (200, BOTH)
+
+    restore()
+    yield ExitTable.open(str(served.table))
+    restore()
+
+
+def reloads(served, outcome):
+    page = urllib.request.urlopen(f"{served.url}/metrics", timeout=30).read().decode()
+    for line in page.splitlines():
+        if line.startswith("raee_table_reloads_total") and f'"{outcome}"' in line:
+            return float(line.split()[-1])
+    return 0.0
+
+
+def test_requests_go_on_while_tables_are_swapped(served, table, reviews):
+    before, replies, ended = table.version, [], threading.Event()
+    prompts = [f"{text} It was" for text in reviews[:2]]
+
+    def ask():
+        while not ended.is_set():
+            replies.append(complete(served, prompts, raee=NAMED))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        table.delete_rows(sorted(table.row_ids("demo_sentiment"))[:3])
+        table.drop_task("demo_chat_sentiment")
+        status, _, answer = post(served, RELOAD, b"")
+        assert status == 200
+        assert answer["old"] == {"version": before, "rows": 2 * ROWS, "tasks": BOTH}
+        fewer = {"demo_sentiment": ROWS - 3}
+        assert answer["new"] == {"version": table.version, "rows": ROWS - 3, "tasks": fewer}
+        table.rollback(before)
+        assert post(served, RELOAD, b"")[2]["new"]["tasks"] == BOTH
+    finally:
+        ended.set()
+        asking.join()
+    assert replies and all(reply.reasons == ["retrieved"] * 2 for reply in replies)
+
+
+def test_a_dropped_task_is_gone_after_the_reload(served, table):
+    raee = {"task": "demo_chat_sentiment"}
+    body = {"model": MODEL, "prompt": "fine", "max_tokens": 1, "raee": raee}
+    assert post(served, "/v1/completions", body)[0] == 200
+    table.drop_task("demo_chat_sentiment")
+    assert post(served, RELOAD, b"")[0] == 200
+    status, _, answer = post(served, "/v1/completions", body)
+    assert status == 400 and "allowed: demo_sentiment" in answer["error"]["message"]
+
+
+def test_an_unusable_table_leaves_the_loaded_one(served, table, reviews):
+    kept = reloads(served, "kept")
+    shutil.rmtree(served.table)
+    status, _, answer = post(served, RELOAD, b"")
+    error = answer["error"]
+    assert (status, error["type"], error["code"]) == (409, "ConflictError", 409)
+    assert "stays loaded: the exit table: no such directory" in error["message"]
+    assert str(served.table) not in error["message"]
+    reply = complete(served, f"{reviews[0]} It was", raee=NAMED)
+    assert reply.reasons == ["retrieved"]
+    assert reloads(served, "kept") == kept + 1
