@@ -9,6 +9,7 @@ from raee_serve.errors import RaeeError
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server import access, valves
 from raee_serve.server.admission import Admission
+from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.sampling import MAX_RUNNING, agreement
 from tests.unit.serving import ALLOWED, DECISION, LABELS, NUM_LAYERS, TASK, Server
 
@@ -103,9 +104,8 @@ def test_off_is_vanilla_whatever_else_is_asked():
 
 def test_the_kill_switch_accepts_every_request_and_changes_none():
     server = Server()
-    server.app.state.engine_client.gate = replace(
-        server.gate, admission=Admission(NUM_LAYERS, off=True)
-    )
+    gate = replace(server.gate, admission=Admission(NUM_LAYERS, off=True))
+    server.app.state.engine_client = DepthClient(server.engine, gate)
     answer = server.post(prompt=["a It was", "b"], raee={"task": "gone", "exit_layer": 3, "x": 1})
     assert answer.headers["x-raee-reason"] == "off, off"
     assert server.exit_layers() == [NUM_LAYERS] * 2 and not server.looked_up
