@@ -1,4 +1,4 @@
-"""Exit tables in LanceDB. The only module that imports lancedb.
+"""Exit tables in LanceDB. With `index`, the only module that imports lancedb.
 
 A table URI is a directory (or an object store's address) holding two LanceDB tables: `exits`, one
 row per labelled prompt, and `metadata`, one row of JSON.
@@ -6,7 +6,7 @@ row per labelled prompt, and `metadata`, one row of JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +18,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError, TableError
+from raee_serve.table.index import VectorIndex
 from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows, row_schema
 
 EXITS, METADATA = "exits", "metadata"
+VECTOR = "vector"
 METADATA_SCHEMA = pa.schema([("key", pa.string()), ("json", pa.string())])
 METADATA_KEY = "table"
 KEEP_OLD_VERSIONS = timedelta(minutes=10)
@@ -103,11 +105,38 @@ class ExitTable:
     def size_bytes(self) -> int:
         return int(self._exits.stats()["total_bytes"])
 
-    def rows(self, task: str) -> TaskRows:
-        """All rows of a task. Raises TableError naming what is wrong with them."""
+    def rows(self, task: str, *, vectors: bool = True) -> TaskRows:
+        """All rows of a task, on demand without their vectors ([0, dimension] then).
+
+        Raises TableError naming what is wrong with them.
+        """
         entry = self.metadata.tasks[task]
+        columns = None if vectors else [name for name in self._exits.schema.names if name != VECTOR]
         with _naming(self.uri, f"rows of task {task}"):
-            return _from_arrow(self._select(task, None), entry, self.metadata)
+            return _from_arrow(self._select(task, columns), entry, self.metadata)
+
+    def vectors(self, task: str, at_once: int) -> Iterator[NDArray[np.float32]]:
+        """The vectors of a task's rows, in the order of `rows`, up to so many at a time."""
+        with _naming(self.uri, f"vectors of task {task}"):
+            query = self._exits.search().where(self._where([task])).select([VECTOR])
+            for batch in query.to_batches(at_once):
+                yield _vectors(pa.Table.from_batches([batch]), self.metadata)
+
+    def keys(self, task: str) -> NDArray[np.uint64]:
+        """Under which `index` finds a task's rows, in the order of `rows`."""
+        with _naming(self.uri, f"keys of task {task}"):
+            query = self._exits.search().where(self._where([task])).select(["id"])
+            return query.with_row_id(True).to_arrow()["_rowid"].to_numpy()
+
+    def count(self, task: str) -> int:
+        """Rows of a task."""
+        with _naming(self.uri, "cannot count its rows"):
+            return int(self._exits.count_rows(self._where([task])))
+
+    @property
+    def index(self) -> VectorIndex:
+        """Of the rows as they are seen here."""
+        return VectorIndex(self._exits, self._where)
 
     def _put_metadata(self, metadata: TableMetadata) -> None:
         self.metadata = metadata
@@ -116,9 +145,12 @@ class ExitTable:
             update.execute(_metadata_row(metadata))
 
     def _select(self, task: str, columns: list[str] | None) -> pa.Table:
-        # Task names come from the registry and hold no quotes.
-        query = self._exits.search().where(f"task = '{task}'")
+        query = self._exits.search().where(self._where([task]))
         return (query.select(columns) if columns else query).to_arrow()
+
+    def _where(self, tasks: Sequence[str]) -> str:
+        # Task names come from the registry and hold no quotes.
+        return "task IN (" + ", ".join(f"'{task}'" for task in tasks) + ")"
 
 
 @contextmanager
@@ -173,10 +205,9 @@ def _flat_rows(values: NDArray[np.float32] | None) -> list[NDArray[np.float32]] 
 
 def _from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) -> TaskRows:
     n, num_layers = columns.num_rows, metadata.backbone.num_layers
-    vectors = _matrix(columns, "vector", (n, metadata.encoder.dimension))
-    lengths = np.linalg.norm(vectors, axis=1)
-    if not np.allclose(lengths, 1, atol=1e-3):
-        raise TableError(f"a vector has length {lengths[np.abs(lengths - 1).argmax()]:.3f}, not 1")
+    vectors = np.empty((0, metadata.encoder.dimension), np.float32)
+    if VECTOR in columns.column_names:
+        vectors = _vectors(columns, metadata)
     texts = columns["text"].to_pylist()
     common = (columns["id"].to_pylist(), vectors)
     if entry.kind == "labels":
@@ -194,6 +225,14 @@ def _from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) ->
         agreement=_matrix(columns, "agreement", probed),
         texts=texts,
     )
+
+
+def _vectors(columns: pa.Table, metadata: TableMetadata) -> NDArray[np.float32]:
+    vectors = _matrix(columns, VECTOR, (columns.num_rows, metadata.encoder.dimension))
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not np.allclose(lengths, 1, atol=1e-3):
+        raise TableError(f"a vector has length {lengths[np.abs(lengths - 1).argmax()]:.3f}, not 1")
+    return vectors
 
 
 def _matrix(columns: pa.Table, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
