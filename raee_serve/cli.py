@@ -27,6 +27,8 @@ class Command:
 COMMANDS = (
     Command("build", "raee_serve.table.build_command", "build an exit table for a backbone"),
     Command("table info", "raee_serve.table.info_command", "show what an exit table holds"),
+    Command("table index", "raee_serve.table.index_command", "index a large table's vectors"),
+    Command("table check", "raee_serve.table.check_command", "check a table's rows and its index"),
     Command(
         "calibrate",
         "raee_serve.retrieval.calibrate_command",

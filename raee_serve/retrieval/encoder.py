@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,8 @@ from sentence_transformers import SentenceTransformer
 from raee_serve.checkpoints import resolve_encoder
 from raee_serve.errors import BindingError, CheckpointError, RaeeError
 from raee_serve.retrieval.onnx_model import OnnxTransformer, exported
+from raee_serve.retrieval.resources import BATCH_SIZE
 from raee_serve.table.schema import EncoderIdentity
-
-BATCH_SIZE = {"torch": 8, "onnx": 4, "onnx-int8": 1}
-"""Back ends, and how many texts of similar length each takes at once: on a CPU larger batches gain
-less than their padding costs. One at a time, 8-bit activations are scaled for each text alone, so
-that its vector does not depend on its company."""
 
 MIN_SIMILARITY = 0.95
 """Least cosine similarity of a back end's vectors to torch's, with which tables are built."""
@@ -100,7 +97,7 @@ class Encoder:
 
     def _change_backend(self, backend: str) -> None:
         """Run the transformer otherwise from here on, after a look at what comes of it."""
-        transformer = self._model[0]
+        transformer: Any = self._model[0]
         if not hasattr(getattr(transformer, "model", None), "set_attn_implementation"):
             raise RaeeError(
                 f"encoder {self.name} has no transformer ({type(transformer).__name__}), "

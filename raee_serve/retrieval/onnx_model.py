@@ -8,15 +8,17 @@ normalisation stay those of sentence-transformers.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import torch
 from filelock import FileLock
 
 from raee_serve.checkpoints import cache_dir
-from raee_serve.errors import RaeeError
 
 EXPORT_VERSION = 1
 """Part of the cache path. Raised whenever an export writes something else than before."""
@@ -29,8 +31,6 @@ class OnnxTransformer(torch.nn.Module):
 
     def __init__(self, file: Path, config: Any, threads: int) -> None:
         super().__init__()
-        import onnxruntime
-
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 1: on the calling thread, wherever that is bound
         options.inter_op_num_threads = 1
@@ -51,13 +51,7 @@ def exported(transformer: torch.nn.Module, example: dict[str, Any], key: str, in
 
     example: features of any texts. key: identifies the weights. int8: weights in 8 bits, and
     activations as they come.
-    Raises RaeeError without the packages `onnx` and `onnxruntime`.
     """
-    try:
-        import onnx  # noqa: F401 - what torch exports with
-        import onnxruntime  # noqa: F401
-    except ImportError as e:
-        raise RaeeError(f"this encoder back end needs {e.name}: install raee-serve[onnx]") from e
     target = cache_dir() / f"encoder-{EXPORT_VERSION}" / f"{key}{'-int8' if int8 else ''}.onnx"
     if target.is_file():
         return target
@@ -94,29 +88,44 @@ def _export(transformer: Any, example: dict[str, Any], file: Path) -> None:
     tensors = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
     transformer.set_attn_implementation("eager")
     try:
-        torch.onnx.export(
-            _Positional(transformer, tuple(tensors)).eval(),
-            tuple(tensors.values()),
-            str(file),
-            input_names=list(tensors),
-            output_names=[OUTPUT],
-            dynamic_axes={name: {0: "batch", 1: "length"} for name in (*tensors, OUTPUT)},
-            opset_version=OPSET,
-            dynamo=False,  # the newer exporter needs another package and gives the same speed
-        )
+        with warnings.catch_warnings():  # of deprecation, and of traced checks of no consequence
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Positional(transformer, tuple(tensors)).eval(),
+                tuple(tensors.values()),
+                str(file),
+                input_names=list(tensors),
+                output_names=[OUTPUT],
+                dynamic_axes={name: {0: "batch", 1: "length"} for name in (*tensors, OUTPUT)},
+                opset_version=OPSET,
+                dynamo=False,  # the newer exporter needs another package and gives the same speed
+            )
     finally:
         transformer.set_attn_implementation(attention)
 
 
 def _quantised(file: Path) -> Path:
+    """Weights in 8 bits, but for those that make a long vector short: what they are multiplied with
+    (in a feed-forward block after the activation function) has outliers that 8 bits cannot hold."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(file).graph
+    shapes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
+    shortening = [
+        node.name
+        for node in graph.node
+        if node.op_type == "MatMul" and np.greater(*shapes.get(node.input[1], (0, 0)))
+    ]
     target = file.with_name("int8.onnx")
     quantize_dynamic(
         file,
         target,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_exclude=shortening,
         weight_type=QuantType.QInt8,
         per_channel=True,
         reduce_range=True,  # 7 bits: AVX2 without VNNI saturates sums of products of 8
+        extra_options={"MatMulConstBOnly": True},
     )
     return target

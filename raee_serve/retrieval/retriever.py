@@ -17,6 +17,7 @@ from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.aggregate import decide, rule_named
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import Head, label_counts, log_votes
+from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.retrieval.search import IndexedSearch, InMemorySearch, Neighbours, Search
 from raee_serve.retrieval.task_index import HEADS, TaskIndex, load_task
 from raee_serve.retrieval.vector_cache import VectorCache
@@ -24,10 +25,6 @@ from raee_serve.table.schema import RuleChoice, TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS
-
-ROWS_IN_MEMORY_MB = 256.0
-"""Vectors up to this size are held in memory. 384 dimensions: 170,000 rows, which a lone prompt is
-compared with about as fast as an index answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +57,8 @@ class ExitRetriever:
     ) -> None:
         self._encoder = VectorCache(encoder)
         self._search = search
+        self.encoder_backend = encoder.backend
+        self.searches_index = isinstance(search, IndexedSearch)
         self._evidence = np.concatenate([index.evidence for index in indexes.values()])
         self._labels = np.concatenate([index.labels for index in indexes.values()])
         self.choices = {name: index.choice for name, index in indexes.items()}
@@ -88,7 +87,7 @@ class ExitRetriever:
         max_distance: float | None = None,
         fraction: float | None = None,
         vote_weight: float | None = None,
-        encoder_backend: str = "torch",
+        encoder_backend: str = DEFAULT_BACKEND,
         rows_in_memory_mb: float = ROWS_IN_MEMORY_MB,
     ) -> ExitRetriever:
         """Loads a table and its encoder (`encoder` overrides where that is found).

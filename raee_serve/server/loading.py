@@ -75,6 +75,8 @@ def _retrieved(
         max_distance=settings.max_distance,
         fraction=settings.fraction,
         vote_weight=settings.vote_weight,
+        encoder_backend=settings.encoder_backend,
+        rows_in_memory_mb=settings.rows_in_memory_mb,
     )
     labels = {
         name: LabelOutputs.of(task, retriever.label_token_ids[name], tokenizer)
@@ -98,7 +100,9 @@ def _retrieved(
     print(
         f"raee-serve: exit table {settings.table}: {retriever.num_rows:,} rows\n"
         f"raee-serve: tasks and their rules: {', '.join(rules)}\n"
-        f"raee-serve: look-ups: time-out {settings.lookup_timeout_ms:g} ms",
+        f"raee-serve: look-ups: encoder by {retriever.encoder_backend}, rows "
+        f"{'through the index' if retriever.searches_index else 'in memory'}, time-out "
+        f"{settings.lookup_timeout_ms:g} ms",
         flush=True,
     )
     return admission, lookups

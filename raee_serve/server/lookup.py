@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -61,6 +62,10 @@ class LookupBatcher:
         finally:
             for entry in entries:  # late, or the client is gone: not worth encoding any more
                 entry.decision.cancel()
+
+    def keep_to(self, cores: Collection[int]) -> None:
+        """Decide on these cores only, from the next batch on."""
+        self._thread.submit(os.sched_setaffinity, 0, cores)  # 0: the thread that calls it
 
     def close(self) -> None:
         """Let the thread end; a batch under way is not waited for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,8 +21,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs
 
 from raee_serve.errors import RaeeError
+from raee_serve.server.cores import spare_cores
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.gate import Gate
+from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.middleware import MIDDLEWARE
 from raee_serve.table.probe import default_dtype
 
@@ -130,12 +132,24 @@ async def serve(args: Namespace, gate: Gate) -> None:
     address, sock = setup_server(args, reuse_port=False)
     try:
         async with build_async_engine_client(args) as engine:
+            if gate.lookups is not None:
+                _place(gate.lookups, spare_cores(engine.vllm_config))
             client = cast(EngineClient, DepthClient(engine, gate))
             stopped = await build_and_serve(client, address, sock, args)
         await stopped  # after the engine is gone, as vLLM does
     finally:
         gate.close()
         sock.close()
+
+
+def _place(lookups: LookupBatcher, cores: Collection[int]) -> None:
+    """Keep look-ups off the workers' cores where there are others."""
+    if cores:
+        lookups.keep_to(cores)
+        where = f"keep to core {', '.join(map(str, sorted(cores)))}, which no worker is bound to"
+    else:
+        where = "run on any core: none is known to be free of the engine's workers"
+    print(f"raee-serve: look-ups {where}", flush=True)
 
 
 def _interrupt(*_: object) -> None:

@@ -133,10 +133,20 @@ class ExitTable:
         with _naming(self.uri, "cannot count its rows"):
             return int(self._exits.count_rows(self._where([task])))
 
+    def count_stray_rows(self) -> int:
+        """Rows of no task that the table records."""
+        tasks = self._where(list(self.metadata.tasks)) if self.metadata.tasks else "false"
+        return int(self._exits.count_rows(f"NOT ({tasks})"))
+
     @property
     def index(self) -> VectorIndex:
         """Of the rows as they are seen here."""
         return VectorIndex(self._exits, self._where)
+
+    def build_index(self, kind: str) -> None:
+        """Makes or replaces the index; kind: of `index.KINDS`."""
+        with _naming(self.uri, "cannot index it"):
+            self.index.build(kind, self.count_rows())
 
     def _put_metadata(self, metadata: TableMetadata) -> None:
         self.metadata = metadata
