@@ -16,7 +16,7 @@ from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.aggregate import decide, rule_named
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.retrieval.heads import Head, label_counts, log_votes
+from raee_serve.retrieval.heads import HeadName, label_counts, log_votes
 from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.retrieval.search import IndexedSearch, InMemorySearch, Neighbours, Search
 from raee_serve.retrieval.task_index import HEADS, TaskIndex, load_task
@@ -62,7 +62,7 @@ class ExitRetriever:
         self._evidence = np.concatenate([index.evidence for index in indexes.values()])
         self._labels = np.concatenate([index.labels for index in indexes.values()])
         self.choices = {name: index.choice for name, index in indexes.items()}
-        self._calibrations = [index.calibration for index in indexes.values()]
+        self._heads = [index.heads for index in indexes.values()]
         self._names = tuple(indexes)
         self._bounds = [index.distance_bound for index in indexes.values()]
         self._ends = np.cumsum([len(index) for index in indexes.values()])
@@ -170,7 +170,7 @@ class ExitRetriever:
         owner = int(np.searchsorted(self._ends, found.rows[0], side="right"))
         choice = _choice_for(lookup, self.choices[self._names[owner]])
         rule = rule_named(choice.rule)
-        heads: tuple[Head, ...] = rule.heads if self._calibrations[owner] else ("plain",)
+        heads: tuple[HeadName, ...] = rule.heads if self._heads[owner] else ("plain",)
         rows, distances = found.rows[: choice.k], found.distances[: choice.k]
         about: dict[str, Any] = {"task": self._names[owner], "distance": float(distances[0])}
         if distances[0] > self._bounds[owner]:
@@ -185,25 +185,24 @@ class ExitRetriever:
 
     def _label_bias(
         self,
-        head: Head,
+        name: HeadName,
         layer: int,
         owner: int,
         nearest: NDArray[np.int64],
         distances: NDArray[np.float32],
         searched: tuple[str, ...],
     ) -> tuple[float, ...]:
-        """What `head` adds to the label words' logits, calibrated as the nearest row's task is.
+        """What a head adds to the label words' logits, as it was made for the nearest row's task.
 
         nearest, distances: [k] rows and their distances; searched: the tasks they are nearest of,
         whose label words are the same.
         """
-        calibration = self._calibrations[owner]
-        if head == "plain" or calibration is None:
+        head = self._heads[owner].get(name)
+        if head is None:
             return ()
-        counts = np.sum([self._label_counts[name] for name in searched], axis=0)
+        counts = np.sum([self._label_counts[task] for task in searched], axis=0)
         votes = log_votes(1 - distances.astype(np.float64), self._labels[nearest], counts)
-        weight = self.choices[self._names[owner]].vote_weight
-        return tuple(calibration.label_bias(head, layer, votes, weight).tolist())
+        return tuple(head.label_bias(layer, votes).tolist())
 
 
 def _fits(table: ExitTable, budget_mb: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,12 +16,20 @@ from raee_serve.retrieval.aggregate import (
     DEFAULT_VOTE_WEIGHT,
     rule_named,
 )
-from raee_serve.retrieval.heads import Calibration, Head, Voters, voting
+from raee_serve.retrieval.heads import (
+    VOTE_K,
+    Head,
+    HeadName,
+    LeaveOneOutVotes,
+    calibrated,
+    fused,
+)
+from raee_serve.retrieval.stacking import stacked
 from raee_serve.table.evidence import evidence_of, label_evidence
-from raee_serve.table.schema import RuleChoice, TaskEntry
+from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 
-HEADS: tuple[Head, ...] = ("plain", "calibrated", "fused")
+HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
 """The order in which a row's exit information is held."""
 BOUND_QUANTILE = 0.99
 BOUND_SAMPLE = 1000
@@ -30,8 +38,17 @@ BOUND_SAMPLE = 1000
 MIN_BOUND = 1e-3
 """Least distance bound: the same text embedded in another batch differs by about 1e-6, so that a
 task with a single row still knows its own text."""
+ALL_VOTE = 50_000
+VOTERS = 16_384
+"""In a task of more than ALL_VOTE rows so many of them, drawn once, vote on table rows, and heads
+are made from these: to compare each of a million rows with each other takes hours, with these
+minutes. Votes of a sample are from farther away, so exits look a little less able than they are."""
 AT_ONCE = 16_384
 """Rows read and worked on at once: with 384 dimensions 25 MB of vectors."""
+
+
+Blocks = Iterator[NDArray[np.float32]]
+"""A task's vectors, in order, some rows at a time: [rows, dimension]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +62,7 @@ class TaskIndex:
     labels: [n] int32, gold label of each row; 0 for free text.
     distance_bound: cosine distance beyond which the nearest row says nothing.
     choice: how exits are chosen unless a look-up says otherwise.
-    calibration: None for free text.
+    heads: those that bias label words, by name; empty for free text.
     """
 
     vectors: NDArray[np.float32] | None
@@ -54,7 +71,7 @@ class TaskIndex:
     labels: NDArray[np.int32]
     distance_bound: float
     choice: RuleChoice
-    calibration: Calibration | None
+    heads: Mapping[HeadName, Head]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,39 +90,99 @@ def load_task(
 
     Raises TableError for unusable rows.
 
-    Without vectors a million rows of two label words and 18 layers take 370 MB while they are
-    loaded, and 230 MB from then on; their vectors would be 1.5 GB.
+    Without vectors a million rows of two label words and 18 layers take 300 MB, and half a GB more
+    while they are loaded; their vectors would be 1.5 GB.
     """
     entry = table.metadata.tasks[name]
     choice = _choice(table, entry, fraction, vote_weight)
     rows = table.rows(name, vectors=keep_vectors)
     blocks = partial(_slices, rows.vectors) if keep_vectors else partial(table.vectors, name)
-    some = voting(len(rows))
-    picked = _picked(blocks(AT_ONCE), some)
-    labels, calibration = np.zeros(len(rows), np.int32), None
+    drawn = _draw(blocks(AT_ONCE), len(rows))
     evidence = np.zeros((len(rows), len(HEADS), table.metadata.backbone.num_layers), np.float32)
     evidence[:, 0] = evidence_of(rows, entry, evidence.shape[2])
+    heads: Mapping[HeadName, Head] = {}
     if entry.kind == "labels":
-        assert rows.golds is not None and rows.label_logprobs is not None
-        labels, calibration = rows.golds, Calibration.of(rows.label_logprobs)
-        voters = Voters(some, picked, labels[some], len(entry.label_words))
-        for first, block in _numbered(blocks(AT_ONCE)):
-            part = slice(first, first + len(block))
-            votes = voters.log_votes_on(block, first)
-            for position, head in enumerate(HEADS[1:], 1):
-                scores = calibration.scores(
-                    head, rows.label_logprobs[part], votes, choice.vote_weight
-                )
-                evidence[part, position] = label_evidence(scores, labels[part])
+        heads = _hear_heads(evidence, rows, entry, drawn, blocks, choice.vote_weight)
     return TaskIndex(
         rows.vectors if keep_vectors else None,
         np.empty(0, np.uint64) if keep_vectors else table.keys(name),
         evidence,
-        labels,
-        _distance_bound(blocks(AT_ONCE), picked, some) if max_distance is None else max_distance,
+        np.zeros(len(rows), np.int32) if rows.golds is None else rows.golds,
+        _distance_bound(blocks(AT_ONCE), drawn) if max_distance is None else max_distance,
         choice,
-        calibration,
+        heads,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Rows that stand for a task: all, or of a large one some.
+
+    positions: [m], ascending; vectors: [m, dimension].
+    """
+
+    positions: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+
+def _draw(blocks: Blocks, num_rows: int) -> _Drawn:
+    positions = np.arange(num_rows)
+    if num_rows > ALL_VOTE:
+        positions = np.sort(np.random.default_rng(0).choice(num_rows, VOTERS, replace=False))
+    parts = []
+    for first, block in _numbered(blocks):
+        begin, end = np.searchsorted(positions, [first, first + len(block)])
+        parts.append(block[positions[begin:end] - first])
+    return _Drawn(positions, np.concatenate(parts))
+
+
+def _hear_heads(
+    evidence: NDArray[np.float32],
+    rows: TaskRows,
+    entry: TaskEntry,
+    drawn: _Drawn,
+    blocks: Callable[[int], Blocks],
+    vote_weight: float,
+) -> dict[HeadName, Head]:
+    """The heads that bias label words; fills in what rows say under them, evidence[:, 1:]."""
+    golds, logprobs = rows.golds, rows.label_logprobs
+    assert golds is not None and logprobs is not None
+    some, most = drawn.positions, max(VOTE_K.values())
+    ballot = partial(LeaveOneOutVotes, drawn.vectors, golds[some], len(entry.label_words), most)
+    votes = ballot()
+    heads = _biasing_heads(logprobs[some], golds[some], votes, vote_weight)
+    everyone = [(slice(None), votes)]
+    is_part = len(some) < len(rows)
+    for part, own in _ballots(ballot, blocks(AT_ONCE), some) if is_part else everyone:
+        for position, name in enumerate(HEADS[1:], 1):
+            scores = heads[name].scores(logprobs[part], own.log_votes(VOTE_K.get(name, 1)))
+            evidence[part, position] = label_evidence(scores, golds[part])
+    return heads
+
+
+def _biasing_heads(
+    logprobs: NDArray[np.float32],
+    golds: NDArray[np.int32],
+    votes: LeaveOneOutVotes,
+    vote_weight: float,
+) -> dict[HeadName, Head]:
+    """HEADS without the first, from rows' log-probabilities, [n, num_layers, num_labels]."""
+    return {
+        "calibrated": calibrated(logprobs),
+        "fused": fused(logprobs, vote_weight),
+        "stacked": stacked(logprobs, golds, votes.log_votes(VOTE_K["stacked"])),
+    }
+
+
+def _ballots(
+    ballot: Callable[..., LeaveOneOutVotes], blocks: Blocks, voters: NDArray[np.int64]
+) -> Iterator[tuple[slice, LeaveOneOutVotes]]:
+    """Votes on all rows, block by block. voters: ascending positions of those that vote."""
+    for first, block in _numbered(blocks):
+        positions = np.arange(first, first + len(block))
+        at = np.minimum(np.searchsorted(voters, positions), len(voters) - 1)
+        own = np.where(voters[at] == positions, at, -1)
+        yield slice(first, first + len(block)), ballot(on=(block, own))
 
 
 def _choice(
@@ -122,10 +199,6 @@ def _choice(
     )
 
 
-Blocks = Iterator[NDArray[np.float32]]
-"""A task's vectors, in order, some rows at a time: [rows, dimension]."""
-
-
 def _slices(vectors: NDArray[np.float32], at_once: int) -> Blocks:
     return (vectors[start : start + at_once] for start in range(0, len(vectors), at_once))
 
@@ -138,27 +211,16 @@ def _numbered(blocks: Blocks) -> Iterator[tuple[int, NDArray[np.float32]]]:
         first += len(block)
 
 
-def _picked(blocks: Blocks, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-    """[len(positions), dimension]: the vectors at these positions, which ascend."""
-    parts = []
-    for first, block in _numbered(blocks):
-        begin, end = np.searchsorted(positions, [first, first + len(block)])
-        parts.append(block[positions[begin:end] - first])
-    return np.concatenate(parts)
-
-
-def _distance_bound(
-    blocks: Blocks, picked: NDArray[np.float32], positions: NDArray[np.int64]
-) -> float:
-    """BOUND_QUANTILE of distances to the nearest other row, of some rows among the picked ones."""
-    chosen = np.random.default_rng(0).permutation(len(picked))[:BOUND_SAMPLE]
-    sample, own = picked[chosen], positions[chosen]
+def _distance_bound(blocks: Blocks, drawn: _Drawn) -> float:
+    """BOUND_QUANTILE of the distances of some of the drawn rows to their nearest other row."""
+    if len(drawn.positions) < 2:
+        return MIN_BOUND
+    chosen = np.random.default_rng(0).permutation(len(drawn.positions))[:BOUND_SAMPLE]
+    sample, own = drawn.vectors[chosen], drawn.positions[chosen]
     nearest = np.full(len(sample), -np.inf)
     for first, block in _numbered(blocks):
         similarities = sample @ block.T
         here = (first <= own) & (own < first + len(block))
         similarities[here, own[here] - first] = -np.inf
         nearest = np.maximum(nearest, similarities.max(axis=1))
-    if len(positions) < 2:
-        return MIN_BOUND
     return max(float(np.quantile(1 - nearest, BOUND_QUANTILE)), MIN_BOUND)

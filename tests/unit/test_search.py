@@ -8,9 +8,8 @@ import pytest
 from raee_serve.cli import main
 from raee_serve.errors import TableError
 from raee_serve.records import Reason
-from raee_serve.retrieval import heads
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.retrieval.heads import leave_one_out_log_votes
+from raee_serve.retrieval.heads import LeaveOneOutVotes
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.retrieval.search import InMemorySearch, largest
 from raee_serve.retrieval.task_index import AT_ONCE, load_task
@@ -58,7 +57,7 @@ def decisions(retriever):
     lookups = [
         Lookup(candidates, prompt, rule=rule)
         for candidates in (("sst2",), ("cr", "mr"))
-        for rule in ("published", "calibrated", "fused")
+        for rule in ("published", "calibrated", "fused", "stacked")
         for prompt in (*PROMPTS, "quantum chromodynamics on a lattice")
     ]
     return [dataclasses.replace(d, lookup_ms=0) for d in retriever.decide(lookups)]
@@ -151,12 +150,24 @@ def test_a_task_is_loaded_alike_with_and_without_vectors_however_it_is_cut(uri, 
     assert cut.distance_bound == pytest.approx(whole.distance_bound, abs=1e-6)
 
 
-def test_in_a_large_task_a_sample_votes(monkeypatch):
-    vectors, labels = unit_vectors(400, 4), np.zeros(400, np.int32)
-    labels[vectors[:, 0] > 0] = 1
-    everyone = leave_one_out_log_votes(vectors, labels, 2)
-    monkeypatch.setattr(heads, "ALL_VOTE", 300)
-    monkeypatch.setattr(heads, "VOTERS", 200)
-    some = leave_one_out_log_votes(vectors, labels, 2)
-    assert not np.allclose(some, everyone)
-    assert (some.argmax(axis=1) == everyone.argmax(axis=1)).mean() > 0.9
+def test_in_a_large_task_a_sample_votes(uri, monkeypatch):
+    table = ExitTable.open(uri)
+    options = {"max_distance": None, "fraction": None, "vote_weight": None}
+    whole = load_task(table, "cr", keep_vectors=True, **options)
+    monkeypatch.setattr("raee_serve.retrieval.task_index.ALL_VOTE", 70)
+    monkeypatch.setattr("raee_serve.retrieval.task_index.VOTERS", 60)
+    monkeypatch.setattr("raee_serve.retrieval.task_index.AT_ONCE", 33)
+    sampled = load_task(table, "cr", keep_vectors=False, **options)
+    np.testing.assert_array_equal(sampled.evidence[:, 0], whole.evidence[:, 0])
+    assert not np.allclose(sampled.evidence[:, 2:], whole.evidence[:, 2:])
+    assert ((sampled.evidence > 0) == (whole.evidence > 0)).mean() > 0.8
+
+
+def test_a_row_of_a_part_has_no_vote_on_itself():
+    vectors, labels = unit_vectors(40), np.arange(40, dtype=np.int32) % 2
+    everyone = LeaveOneOutVotes(vectors, labels, 2, 5)
+    part = LeaveOneOutVotes(vectors, labels, 2, 5, on=(vectors[7:20], np.arange(7, 20)))
+    np.testing.assert_array_equal(part.nearest, everyone.nearest[7:20])
+    np.testing.assert_allclose(part.log_votes(3), everyone.log_votes(3)[7:20], rtol=1e-5)
+    stranger = LeaveOneOutVotes(vectors, labels, 2, 5, on=(vectors[7:8], np.array([-1])))
+    assert stranger.nearest[0, 0] == 7
