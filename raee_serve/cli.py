@@ -36,6 +36,8 @@ COMMANDS = (
         "raee_serve.table.compact_command",
         "merge an exit table's small files and drop versions long superseded",
     ),
+    Command("table index", "raee_serve.table.index_command", "index a large table's vectors"),
+    Command("table check", "raee_serve.table.check_command", "check a table's rows and its index"),
     Command(
         "calibrate",
         "raee_serve.retrieval.calibrate_command",

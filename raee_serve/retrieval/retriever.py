@@ -15,46 +15,18 @@ from raee_serve.errors import RaeeError, TableError
 from raee_serve.explanation import Explanation
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.aggregate import (
-    DEFAULT_FRACTION,
-    DEFAULT_FREE_TEXT_RULE,
-    DEFAULT_LABEL_RULE,
-    DEFAULT_VOTE_WEIGHT,
-    decide,
-    exit_scores,
-    rule_named,
-)
+from raee_serve.retrieval.aggregate import decide, exit_scores, rule_named
 from raee_serve.retrieval.cost import LookupCost
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.retrieval.heads import (
-    VOTE_K,
-    Head,
-    HeadName,
-    LeaveOneOutVotes,
-    calibrated,
-    fused,
-    label_counts,
-    log_votes,
-)
-from raee_serve.retrieval.stacking import stacked
+from raee_serve.retrieval.heads import HeadName, label_counts, log_votes
+from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
+from raee_serve.retrieval.search import IndexedSearch, InMemorySearch, Neighbours, Search
+from raee_serve.retrieval.task_index import HEADS, TaskIndex, load_task
 from raee_serve.retrieval.vector_cache import VectorCache
-from raee_serve.table.evidence import evidence_of, label_evidence
-from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows
+from raee_serve.table.schema import RuleChoice, TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS
-
-BOUND_QUANTILE = 0.99
-BOUND_SAMPLE = 1000
-"""A prompt is far if its nearest row is farther than the nearest other row is from nearly all
-(BOUND_QUANTILE) of the task's own rows, judged on up to BOUND_SAMPLE of them."""
-MIN_BOUND = 1e-3
-"""Least distance bound: the same text embedded in another batch differs by about 1e-6, so that a
-task with a single row still knows its own text."""
-
-
-HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
-"""The order in which a row's exit information is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +35,7 @@ class Lookup:
 
     candidates: names of the tasks it may belong to, one or more; rows of all of them are searched.
     key_text: what the prompt says in the template's slot. k, rule: None for the defaults.
-    min_layer: the rule reads no layer before this one (1..num_layers).
-    explain: whether the decision is to carry an `Explanation`.
+    min_layer: 1..num_layers; the rule reads no layer before it. explain: say why.
     """
 
     candidates: tuple[str, ...]
@@ -75,31 +46,11 @@ class Lookup:
     explain: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TaskIndex:
-    """The rows of one task, as a look-up needs them.
-
-    ids: n row ids.
-    vectors: [n, dimension] float32, L2-normalised.
-    evidence: [n, len(HEADS), num_layers] float32, see `aggregate`; for free text the heads after
-        the first hold nothing.
-    labels: [n] int32, gold label of each row; 0 for free text.
-    distance_bound: cosine distance beyond which the nearest row says nothing.
-    choice: how exits are chosen unless a look-up says otherwise.
-    heads: those that bias label words, by name; empty for free text.
-    """
-
-    ids: list[str]
-    vectors: NDArray[np.float32]
-    evidence: NDArray[np.float32]
-    labels: NDArray[np.int32]
-    distance_bound: float
-    choice: RuleChoice
-    heads: Mapping[HeadName, Head]
-
-
 class ExitRetriever:
-    """Decides exits from rows held in memory; the table is not touched after `open`.
+    """Decides exits from a table's rows.
+
+    Where `search` is in memory the table is not touched after `open`. Otherwise its index is asked,
+    at the version that was opened; everything but the vectors is in memory all the same.
 
     observe: told the cost of each batch, on the thread that calls `decide`.
     """
@@ -107,31 +58,33 @@ class ExitRetriever:
     def __init__(
         self,
         encoder: VectorCache,
+        encoder_backend: str,
         metadata: TableMetadata,
         indexes: Mapping[str, TaskIndex],
+        search: Search,
         table_version: int,
     ) -> None:
         self.observe: Callable[[LookupCost], None] = lambda _: None
         self.table_version = table_version
         self.encoder_identity = metadata.encoder
+        self.encoder_backend = encoder_backend
         self._encoder = encoder
+        self._search = search
         self._ids = [row_id for index in indexes.values() for row_id in index.ids]
-        self._vectors = np.concatenate([index.vectors for index in indexes.values()])
+        self.searches_index = isinstance(search, IndexedSearch)
         self._evidence = np.concatenate([index.evidence for index in indexes.values()])
         self._labels = np.concatenate([index.labels for index in indexes.values()])
         self.choices = {name: index.choice for name, index in indexes.items()}
         self._heads = [index.heads for index in indexes.values()]
         self._names = tuple(indexes)
         self._bounds = [index.distance_bound for index in indexes.values()]
-        sizes = [len(index.vectors) for index in indexes.values()]
-        self._owner = np.repeat(np.arange(len(sizes)), sizes)  # row -> position in _names
-        ends = np.cumsum(sizes)
-        self._spans = {
-            name: slice(end - size, end)
-            for name, end, size in zip(indexes, ends, sizes, strict=True)
+        self._ends = np.cumsum([len(index) for index in indexes.values()])
+        self._label_counts = {
+            name: label_counts(index.labels, len(metadata.tasks[name].label_words))
+            for name, index in indexes.items()
         }
-        self.num_rows = len(self._vectors)
-        self.rows_by_task = {name: len(index.ids) for name, index in indexes.items()}
+        self.num_rows = len(self._labels)
+        self.rows_by_task = {name: len(index) for name, index in indexes.items()}
         self.num_layers = metadata.backbone.num_layers
         self.tasks: Mapping[str, Task] = {name: TASKS[name] for name in indexes}
         self.label_token_ids: Mapping[str, tuple[int, ...]] = {
@@ -148,6 +101,8 @@ class ExitRetriever:
         max_distance: float | None = None,
         fraction: float | None = None,
         vote_weight: float | None = None,
+        encoder_backend: str = DEFAULT_BACKEND,
+        rows_in_memory_mb: float = ROWS_IN_MEMORY_MB,
         old: ExitRetriever | None = None,
     ) -> ExitRetriever:
         """Loads a table and its encoder (`encoder` overrides where that is found).
@@ -155,9 +110,12 @@ class ExitRetriever:
         max_distance: cosine distance beyond which a nearest row is too far, for all tasks; by
         default each task has its own bound, see BOUND_QUANTILE.
         fraction, vote_weight: for all tasks; by default what `calibrate` stored, or the defaults.
+        encoder_backend: see `Encoder`. rows_in_memory_mb: see ROWS_IN_MEMORY_MB; a larger table is
+        searched through its index.
         old: a retriever whose encoder, with the vectors it remembers, is taken over as it is.
-        Raises TableError if the table is missing, corrupt or empty, BindingError if it belongs to
-        another backbone, encoder or prompt template, CheckpointError if the encoder is missing.
+        Raises TableError if the table is missing, corrupt or empty, or large and without an index,
+        BindingError if it belongs to another backbone, encoder or prompt template, CheckpointError
+        if the encoder is missing.
         """
         table = ExitTable.open(uri)
         metadata = table.metadata
@@ -169,19 +127,29 @@ class ExitRetriever:
                 )
             metadata.check_task(TASKS[name], uri)
         if old is None:
-            model = Encoder(encoder or metadata.encoder.name)
-            identity, cache = model.identity(), VectorCache(model)
+            model = Encoder(encoder or metadata.encoder.name, backend=encoder_backend)
+            identity, cache, encoder_backend = model.identity(), VectorCache(model), model.backend
         else:
             identity, cache = old.encoder_identity, old._encoder
+            encoder_backend = old.encoder_backend
         metadata.check_encoder(identity, uri)
-        indexes = {
-            name: _load_index(table, name, max_distance, fraction, vote_weight)
-            for name in metadata.tasks
-        }
-        filled = {name: index for name, index in indexes.items() if len(index.vectors)}
+        filled = [name for name in metadata.tasks if table.count(name)]
         if not filled:
             raise TableError(f"exit table {uri} holds no rows; build it first")
-        return cls(cache, metadata, filled, table.version)
+        in_memory = _fits(table, rows_in_memory_mb)
+        indexes = {
+            name: load_task(
+                table,
+                name,
+                keep_vectors=in_memory,
+                max_distance=max_distance,
+                fraction=fraction,
+                vote_weight=vote_weight,
+            )
+            for name in filled
+        }
+        search = _search(table, indexes)
+        return cls(cache, encoder_backend, metadata, indexes, search, table.version)
 
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
@@ -197,11 +165,12 @@ class ExitRetriever:
         vectors = self._encoded(lookups, cost)
         decisions: dict[int, ExitDecision] = {}
         for candidates, members in _by_candidates(lookups).items():
+            k = max(self._most_neighbours(lookups[i]) for i in members)
             with cost.of("search"):
-                rows, distances = self._distances(candidates, vectors[members])
+                found = self._search.nearest(candidates, vectors[members], k)
             with cost.of("aggregate"):
-                for i, own_distances in zip(members, distances, strict=True):
-                    decisions[i] = self._decide_one(lookups[i], rows, own_distances)
+                for i, neighbours in zip(members, found, strict=True):
+                    decisions[i] = self._decide_one(lookups[i], neighbours)
         self.observe(cost)
         lookup_ms = (time.perf_counter() - start) * 1000
         return [replace(decisions[i], lookup_ms=lookup_ms) for i in range(len(lookups))]
@@ -211,7 +180,7 @@ class ExitRetriever:
             raise RaeeError(f"k = {lookup.k} is not allowed, it must be at least 1")
         if lookup.rule is not None:
             rule_named(lookup.rule)
-        unknown = [name for name in lookup.candidates if name not in self._spans]
+        unknown = [name for name in lookup.candidates if name not in self.tasks]
         if unknown or not lookup.candidates:
             raise RaeeError(
                 f"tasks {lookup.candidates} must be one or more of this table's: "
@@ -227,45 +196,37 @@ class ExitRetriever:
         cost.cache_hits, cost.cache_misses = cache.hits - hits, cache.misses - misses
         return vectors
 
-    def _distances(
-        self, candidates: tuple[str, ...], queries: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """All rows of the candidate tasks, [R], and their cosine distances, [len(queries), R]."""
-        spans = [self._spans[name] for name in candidates]
-        rows = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-        similarities = [queries @ self._vectors[span].T for span in spans]
-        return rows, np.clip(1 - np.concatenate(similarities, axis=1), 0, 2)
+    def _most_neighbours(self, lookup: Lookup) -> int:
+        """How many it may need: k depends on which task the nearest row is of."""
+        return max(_choice_for(lookup, self.choices[name]).k for name in lookup.candidates)
 
-    def _decide_one(
-        self, lookup: Lookup, rows: NDArray[np.int64], distances: NDArray[np.float32]
-    ) -> ExitDecision:
-        """rows, distances: [R], see `_distances`."""
-        owner = self._owner[rows[distances.argmin()]]
+    def _decide_one(self, lookup: Lookup, found: Neighbours) -> ExitDecision:
+        """found: at least as many as the look-up needs, unless the tasks have fewer."""
+        owner = int(np.searchsorted(self._ends, found.rows[0], side="right"))
         choice = _choice_for(lookup, self.choices[self._names[owner]])
         rule = rule_named(choice.rule)
         heads: tuple[HeadName, ...] = rule.heads if self._heads[owner] else ("plain",)
-        nearest = _smallest(distances, choice.k)
-        neighbours, near = rows[nearest], distances[nearest]
+        rows, distances = found.rows[: choice.k], found.distances[: choice.k]
+        about: dict[str, Any] = {"task": self._names[owner], "distance": float(distances[0])}
         skipped = lookup.min_layer - 1
-        evidence = self._evidence[neighbours][:, [HEADS.index(head) for head in heads], skipped:]
-        found: dict[str, Any] = {"task": self._names[owner], "distance": float(near[0])}
+        evidence = self._evidence[rows][:, [HEADS.index(head) for head in heads], skipped:]
         if lookup.explain:
-            found["explanation"] = Explanation(
-                tuple(zip((self._ids[row] for row in neighbours), near.tolist(), strict=True)),
-                dict(zip(heads, exit_scores(rule, evidence, near).tolist(), strict=True)),
+            about["explanation"] = Explanation(
+                tuple(zip((self._ids[row] for row in rows), distances.tolist(), strict=True)),
+                dict(zip(heads, exit_scores(rule, evidence, distances).tolist(), strict=True)),
                 choice,
                 self._bounds[owner],
                 lookup.min_layer,
             )
-        if near[0] > self._bounds[owner]:
-            return ExitDecision.full(self.num_layers, Reason.FAR, **found)
-        chosen = decide(rule, evidence, near, fraction=choice.fraction)
+        if distances[0] > self._bounds[owner]:
+            return ExitDecision.full(self.num_layers, Reason.FAR, **about)
+        chosen = decide(rule, evidence, distances, fraction=choice.fraction)
         if chosen is None:
-            return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **found)
-        found["head"] = head = heads[chosen[1]]
+            return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **about)
+        about["head"] = head = heads[chosen[1]]
         layer = skipped + chosen[0]
-        bias = self._label_bias(head, layer, owner, neighbours, near, rows)
-        return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **found, label_bias=bias)
+        bias = self._label_bias(head, layer, owner, rows, distances, lookup.candidates)
+        return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **about, label_bias=bias)
 
     def _label_bias(
         self,
@@ -274,18 +235,42 @@ class ExitRetriever:
         owner: int,
         nearest: NDArray[np.int64],
         distances: NDArray[np.float32],
-        searched: NDArray[np.int64],
+        searched: tuple[str, ...],
     ) -> tuple[float, ...]:
         """What a head adds to the label words' logits, as it was made for the nearest row's task.
 
-        nearest, distances: [k] rows and their distances; searched: all rows they are nearest of.
+        nearest, distances: [k] rows and their distances; searched: the tasks they are nearest of,
+        whose label words are the same.
         """
         head = self._heads[owner].get(name)
         if head is None:
             return ()
-        counts = label_counts(self._labels[searched], head.bias.shape[1])
+        counts = np.sum([self._label_counts[task] for task in searched], axis=0)
         votes = log_votes(1 - distances.astype(np.float64), self._labels[nearest], counts)
         return tuple(head.label_bias(layer, votes).tolist())
+
+
+def _fits(table: ExitTable, budget_mb: float) -> bool:
+    """Whether the table's vectors are to be held in memory. Raises TableError where they are not
+    and there is no index to search instead."""
+    num_rows = table.count_rows()
+    size_mb = num_rows * table.metadata.encoder.dimension * 4 / 2**20
+    if size_mb <= budget_mb:
+        return True
+    if table.index.kind is None:
+        raise TableError(
+            f"exit table {table.uri}: its {num_rows:,} rows take {size_mb:,.0f} MB, more than "
+            f"--rows-in-memory {budget_mb:g}, and it has no index; make one "
+            f"(raee-serve table index {table.uri}) or allow {size_mb:.0f} MB"
+        )
+    return False
+
+
+def _search(table: ExitTable, indexes: Mapping[str, TaskIndex]) -> Search:
+    vectors = {name: index.vectors for name, index in indexes.items() if index.vectors is not None}
+    if vectors:
+        return InMemorySearch(vectors)
+    return IndexedSearch(table.index, np.concatenate([index.keys for index in indexes.values()]))
 
 
 def _by_candidates(lookups: Sequence[Lookup]) -> dict[tuple[str, ...], list[int]]:
@@ -296,76 +281,8 @@ def _by_candidates(lookups: Sequence[Lookup]) -> dict[tuple[str, ...], list[int]
     return groups
 
 
-def _smallest(distances: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Positions of the k smallest distances (all, if there are fewer), ascending."""
-    k = min(k, len(distances))
-    within = np.argpartition(distances, k - 1)[:k]
-    return within[np.argsort(distances[within], kind="stable")]
-
-
 def _choice_for(lookup: Lookup, stored: RuleChoice) -> RuleChoice:
     """The task's choice with what the look-up asks for; another rule brings its own k."""
     rule = lookup.rule or stored.rule
     k = stored.k if rule == stored.rule else rule_named(rule).k
     return replace(stored, rule=rule, k=lookup.k or k)
-
-
-def _load_index(
-    table: ExitTable,
-    name: str,
-    max_distance: float | None,
-    fraction: float | None,
-    vote_weight: float | None,
-) -> TaskIndex:
-    rows, entry = table.rows(name), table.metadata.tasks[name]
-    choice = table.metadata.choices.get(name) or _default_choice(entry)
-    choice = replace(
-        choice,
-        fraction=choice.fraction if fraction is None else fraction,
-        vote_weight=choice.vote_weight if vote_weight is None else vote_weight,
-    )
-    plain = evidence_of(rows, entry, table.metadata.backbone.num_layers)
-    evidence = np.zeros((len(rows), len(HEADS), plain.shape[1]), np.float32)
-    evidence[:, 0] = plain
-    labels = np.zeros(len(rows), np.int32)
-    heads: Mapping[HeadName, Head] = {}
-    if entry.kind == "labels" and len(rows):
-        assert rows.label_logprobs is not None and rows.golds is not None
-        labels = rows.golds
-        heads, evidence[:, 1:] = _biasing_heads(rows, entry, choice.vote_weight)
-    bound = _distance_bound(rows.vectors) if max_distance is None else max_distance
-    return TaskIndex(rows.ids, rows.vectors, evidence, labels, bound, choice, heads)
-
-
-def _default_choice(entry: TaskEntry) -> RuleChoice:
-    rule = DEFAULT_LABEL_RULE if entry.kind == "labels" else DEFAULT_FREE_TEXT_RULE
-    return RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
-
-
-def _biasing_heads(
-    rows: TaskRows, entry: TaskEntry, vote_weight: float
-) -> tuple[dict[HeadName, Head], NDArray[np.float32]]:
-    """HEADS without the first, and the rows' exit information under them, [n, 3, num_layers]."""
-    logprobs, golds = rows.label_logprobs, rows.golds
-    assert logprobs is not None and golds is not None
-    most = max(VOTE_K.values())
-    ballot = LeaveOneOutVotes(rows.vectors, golds, len(entry.label_words), most)
-    votes = {name: ballot.log_votes(VOTE_K.get(name, 1)) for name in HEADS[1:]}
-    heads: dict[HeadName, Head] = {
-        "calibrated": calibrated(logprobs),
-        "fused": fused(logprobs, vote_weight),
-        "stacked": stacked(logprobs, golds, votes["stacked"]),
-    }
-    scores = (heads[name].scores(logprobs, votes[name]) for name in HEADS[1:])
-    return heads, np.stack([label_evidence(own, golds) for own in scores], axis=1)
-
-
-def _distance_bound(vectors: NDArray[np.float32]) -> float:
-    """BOUND_QUANTILE of the sampled rows' distances to their nearest other row."""
-    if len(vectors) < 2:
-        return MIN_BOUND
-    sample = np.random.default_rng(0).permutation(len(vectors))[:BOUND_SAMPLE]
-    similarities = vectors[sample] @ vectors.T
-    similarities[np.arange(len(sample)), sample] = -np.inf
-    bound = np.quantile(1 - similarities.max(axis=1), BOUND_QUANTILE)
-    return max(float(bound), MIN_BOUND)

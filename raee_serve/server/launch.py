@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.server import access, valves
 from raee_serve.server.settings import DepthSettings
 
@@ -28,6 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exit-layer", metavar="N|full", help="one depth for all requests, instead of a table"
     )
     parser.add_argument("--encoder", help="name or directory of the table's encoder, if moved")
+    parser.add_argument(
+        "--encoder-backend",
+        default=DEFAULT_BACKEND,
+        metavar="NAME",
+        help="what runs the encoder: torch, onnx, or onnx-int8, which is the fastest and not quite "
+        "exact (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rows-in-memory",
+        type=float,
+        default=ROWS_IN_MEMORY_MB,
+        metavar="MB",
+        help="hold the table's vectors in memory up to this size; a larger table is searched "
+        "through its index (raee-serve table index) (default: %(default)g)",
+    )
     parser.add_argument("--k", type=int, help="neighbours to look up")
     parser.add_argument(
         "--rule",
@@ -86,6 +102,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         fraction=args.fraction,
         vote_weight=args.vote_weight,
         watch_table=args.watch_table,
+        encoder_backend=args.encoder_backend,
+        rows_in_memory_mb=args.rows_in_memory,
     )
     safety, surface = valves.Valves.of(args), access.Access.of(args)
     import uvloop

@@ -139,6 +139,8 @@ class TableLoader:
             max_distance=settings.max_distance,
             fraction=settings.fraction,
             vote_weight=settings.vote_weight,
+            encoder_backend=settings.encoder_backend,
+            rows_in_memory_mb=settings.rows_in_memory_mb,
             old=self._retriever,
         )
         self._valves.check(retriever.num_layers, retriever.tasks)
@@ -147,7 +149,9 @@ class TableLoader:
             f"raee-serve: exit table {self.uri}: {retriever.num_rows:,} rows, version "
             f"{retriever.table_version}\n"
             f"raee-serve: tasks and their rules: {', '.join(rules)}\n"
-            f"raee-serve: look-ups: time-out {settings.lookup_timeout_ms:g} ms",
+            f"raee-serve: look-ups: encoder by {retriever.encoder_backend}, rows "
+            f"{'through the index' if retriever.searches_index else 'in memory'}, time-out "
+            f"{settings.lookup_timeout_ms:g} ms",
             flush=True,
         )
         return OpenTable(retriever, state)

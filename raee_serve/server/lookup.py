@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,10 @@ class LookupBatcher:
             observe_wait=self._observe_wait,
             thread=self._thread,
         )
+
+    def keep_to(self, cores: Collection[int]) -> None:
+        """Decide on these cores only, from the next batch on."""
+        self._thread.submit(os.sched_setaffinity, 0, cores)  # 0: the thread that calls it
 
     def close(self) -> None:
         """Let the thread end; a batch under way is not waited for."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.aggregate import RULES
+from raee_serve.retrieval.resources import BATCH_SIZE, DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.server.options import MAX_K
 
 
@@ -17,6 +18,7 @@ class DepthSettings:
     exit_layer: a number of layers or "full", as typed; None with `table`.
     watch_table: seconds between looks at whether the table has changed; None for never.
     k, rule, fraction, vote_weight, encoder, max_distance: None leaves them to the table.
+    encoder_backend, rows_in_memory_mb: see `ExitRetriever.open`.
     """
 
     table: str | None = None
@@ -29,6 +31,8 @@ class DepthSettings:
     fraction: float | None = None
     vote_weight: float | None = None
     watch_table: float | None = None
+    encoder_backend: str = DEFAULT_BACKEND
+    rows_in_memory_mb: float = ROWS_IN_MEMORY_MB
 
     def __post_init__(self) -> None:
         if (self.table is None) == (self.exit_layer is None):
@@ -57,5 +61,13 @@ class DepthSettings:
             raise RaeeError(f"--fraction is {self.fraction}; allowed: above 0, at most 1")
         if self.vote_weight is not None and not 0 < self.vote_weight < float("inf"):
             raise RaeeError(f"--vote-weight is {self.vote_weight}; allowed: more than 0")
+        if self.encoder_backend not in BATCH_SIZE:
+            raise RaeeError(
+                f"--encoder-backend is {self.encoder_backend!r}; allowed: {', '.join(BATCH_SIZE)}"
+            )
+        if not self.rows_in_memory_mb >= 0:
+            raise RaeeError(
+                f"--rows-in-memory is {self.rows_in_memory_mb:g}; allowed: 0 or more, in MB"
+            )
         if self.k is not None and not 1 <= self.k <= MAX_K:
             raise RaeeError(f"--k is {self.k}; allowed: 1..{MAX_K}")

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,8 +23,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs
 
 from raee_serve.errors import RaeeError
+from raee_serve.server.cores import spare_cores
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.gate import Gate
+from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.middleware import MIDDLEWARE
 from raee_serve.table.probe import default_dtype
 
@@ -133,6 +135,8 @@ async def serve(args: Namespace, gate: Gate, watch_table_s: float | None) -> Non
     address, sock = setup_server(args, reuse_port=False)
     try:
         async with build_async_engine_client(args) as engine:
+            if gate.lookups is not None:
+                _place(gate.lookups, spare_cores(engine.vllm_config))
             client = cast(EngineClient, DepthClient(engine, gate))
             with _watching(gate, watch_table_s):
                 stopped = await build_and_serve(client, address, sock, args)
@@ -152,6 +156,16 @@ def _watching(gate: Gate, seconds: float | None) -> Iterator[None]:
         yield
     finally:
         watch.cancel()
+
+
+def _place(lookups: LookupBatcher, cores: Collection[int]) -> None:
+    """Keep look-ups off the workers' cores where there are others."""
+    if cores:
+        lookups.keep_to(cores)
+        where = f"keep to core {', '.join(map(str, sorted(cores)))}, which no worker is bound to"
+    else:
+        where = "run on any core: none is known to be free of the engine's workers"
+    print(f"raee-serve: look-ups {where}", flush=True)
 
 
 def _interrupt(*_: object) -> None:

@@ -12,6 +12,8 @@ from raee_serve.errors import TableError
 from raee_serve.table.records import RECORD
 from raee_serve.table.schema import TableMetadata, TaskEntry, TaskRows
 
+VECTOR = "vector"
+
 
 def to_arrow(shelf: str, rows: TaskRows, schema: pa.Schema) -> pa.Table:
     n = len(rows)
@@ -48,10 +50,9 @@ def _flat_rows(values: NDArray[np.float32] | None) -> list[NDArray[np.float32]] 
 
 def from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) -> TaskRows:
     n, num_layers = columns.num_rows, metadata.backbone.num_layers
-    vectors = _matrix(columns, "vector", (n, metadata.encoder.dimension))
-    lengths = np.linalg.norm(vectors, axis=1)
-    if not np.allclose(lengths, 1, atol=1e-3):
-        raise TableError(f"a vector has length {lengths[np.abs(lengths - 1).argmax()]:.3f}, not 1")
+    vectors = np.empty((0, metadata.encoder.dimension), np.float32)
+    if VECTOR in columns.column_names:
+        vectors = vectors_of(columns, metadata)
     texts = columns["text"].to_pylist()
     common = (columns["id"].to_pylist(), vectors)
     if entry.kind == "labels":
@@ -69,6 +70,15 @@ def from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) -> 
         agreement=_matrix(columns, "agreement", probed),
         texts=texts,
     )
+
+
+def vectors_of(columns: pa.Table, metadata: TableMetadata) -> NDArray[np.float32]:
+    """[n, dimension], all of length 1; else TableError."""
+    vectors = _matrix(columns, VECTOR, (columns.num_rows, metadata.encoder.dimension))
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not np.allclose(lengths, 1, atol=1e-3):
+        raise TableError(f"a vector has length {lengths[np.abs(lengths - 1).argmax()]:.3f}, not 1")
+    return vectors
 
 
 def _matrix(columns: pa.Table, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

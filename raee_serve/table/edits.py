@@ -78,7 +78,11 @@ def delete_rows(ids: Collection[str], metadata: TableMetadata) -> Edit:
 
 def rows_of(metadata: TableMetadata) -> str:
     """Condition: a row of any task, as readers see it."""
-    shelves = [entry.shelf for entry in metadata.tasks.values()]
+    return on_shelves([entry.shelf for entry in metadata.tasks.values()])
+
+
+def on_shelves(shelves: Sequence[str]) -> str:
+    """Condition: a row on one of them."""
     return f"(task IN ({sql_list(shelves)}))" if shelves else "(false)"
 
 

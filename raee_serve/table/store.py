@@ -1,4 +1,4 @@
-"""Exit tables in LanceDB. The only module that imports lancedb.
+"""Exit tables in LanceDB. With `index`, the only module that imports lancedb.
 
 A table URI is a directory (or an object store's address) holding one LanceDB table: a row per
 labelled prompt, and the records (`records`). One LanceDB version is one state of the whole.
@@ -6,20 +6,23 @@ labelled prompt, and the records (`records`). One LanceDB version is one state o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lancedb
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raee_serve.errors import BindingError, RaeeError, TableError
 from raee_serve.table import edits
-from raee_serve.table.columns import from_arrow, records_to_arrow, to_arrow
+from raee_serve.table.columns import VECTOR, from_arrow, records_to_arrow, to_arrow, vectors_of
 from raee_serve.table.commit import commit, patiently
 from raee_serve.table.edits import Edit
+from raee_serve.table.index import VectorIndex
 from raee_serve.table.records import (
     BINDING,
     CHANGE,
@@ -204,15 +207,51 @@ class ExitTable:
     def size_bytes(self) -> int:
         return int(self._exits.stats()["total_bytes"])
 
-    def rows(self, task: str) -> TaskRows:
-        """All rows of a task. Raises TableError naming what is wrong with them."""
+    def rows(self, task: str, *, vectors: bool = True) -> TaskRows:
+        """All rows of a task, on demand without their vectors ([0, dimension] then).
+
+        Raises TableError naming what is wrong with them.
+        """
         entry = self.metadata.tasks[task]
+        columns = None if vectors else [name for name in self._exits.schema.names if name != VECTOR]
         with _naming(self.uri, f"rows of task {task}"):
-            return from_arrow(self._select(entry, None), entry, self.metadata)
+            return from_arrow(self._select(entry, columns), entry, self.metadata)
+
+    def vectors(self, task: str, at_once: int) -> Iterator[NDArray[np.float32]]:
+        """The vectors of a task's rows, in the order of `rows`, up to so many at a time."""
+        with _naming(self.uri, f"vectors of task {task}"):
+            query = self._exits.search().where(self._where([task])).select([VECTOR])
+            for batch in query.to_batches(at_once):
+                yield vectors_of(pa.Table.from_batches([batch]), self.metadata)
+
+    def keys(self, task: str) -> NDArray[np.uint64]:
+        """Under which `index` finds a task's rows, in the order of `rows`."""
+        with _naming(self.uri, f"keys of task {task}"):
+            query = self._exits.search().where(self._where([task])).select(["id"])
+            return query.with_row_id(True).to_arrow()["_rowid"].to_numpy()
+
+    def count(self, task: str) -> int:
+        """Rows of a task."""
+        with _naming(self.uri, "cannot count its rows"):
+            return int(self._exits.count_rows(self._where([task])))
+
+    @property
+    def index(self) -> VectorIndex:
+        """Of the rows as they are seen here."""
+        return VectorIndex(self._exits, self._where)
+
+    def build_index(self, kind: str) -> None:
+        """Makes or replaces the index; kind: of `index.KINDS`."""
+        with _naming(self.uri, "cannot index it"):
+            self.index.build(kind, self.count_rows())
 
     def _target(self, task: str) -> TaskEntry:
         """Where rows of a task are to go."""
         return self._staged.get(task) or self.metadata.tasks[task]
+
+    def _where(self, tasks: Sequence[str]) -> str:
+        """Condition: a row of one of these tasks, as readers see it."""
+        return edits.on_shelves([self.metadata.tasks[task].shelf for task in tasks])
 
     def _staged_ids(self, task: str, wanted: Collection[str]) -> set[str]:
         """Ids of the rows that are to replace a task's. Raises TableError if any wanted is gone."""

@@ -44,8 +44,8 @@ def test_the_parts_exist():
         assert inside(part), f"no modules in {part}"
 
 
-def test_lancedb_is_the_stores_alone():
-    assert importers("lancedb") == {"table/store.py"}
+def test_lancedb_is_the_stores_and_its_indexs_alone():
+    assert importers("lancedb") == {"table/store.py", "table/index.py"}
 
 
 def test_sentence_transformers_is_the_encoders_alone():

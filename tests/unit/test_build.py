@@ -280,6 +280,6 @@ def test_command_line_without_a_command(capsys):
     for argv in ([], ["build", "--nonsense"], ["table", "sell"], ["train"]):
         with pytest.raises(SystemExit):
             cli.main(argv)
-    assert "'table compact', 'calibrate', 'serve', 'eval'" in capsys.readouterr().err
+    assert "'table check', 'calibrate', 'serve', 'preview', 'eval'" in capsys.readouterr().err
     assert cli.main(["table", "info", "/nowhere"]) == 1
     assert "exit table /nowhere: no such directory" in capsys.readouterr().err

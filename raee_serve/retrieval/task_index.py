@@ -1,0 +1,229 @@
+"""What a look-up needs of one task's rows, made from the table when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raee_serve.retrieval.aggregate import (
+    DEFAULT_FRACTION,
+    DEFAULT_FREE_TEXT_RULE,
+    DEFAULT_LABEL_RULE,
+    DEFAULT_VOTE_WEIGHT,
+    rule_named,
+)
+from raee_serve.retrieval.heads import (
+    VOTE_K,
+    Head,
+    HeadName,
+    LeaveOneOutVotes,
+    calibrated,
+    fused,
+)
+from raee_serve.retrieval.stacking import stacked
+from raee_serve.table.evidence import evidence_of, label_evidence
+from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
+from raee_serve.table.store import ExitTable
+
+HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
+"""The order in which a row's exit information is held."""
+BOUND_QUANTILE = 0.99
+BOUND_SAMPLE = 1000
+"""A prompt is far if its nearest row is farther than the nearest other row is from nearly all
+(BOUND_QUANTILE) of the task's own rows, judged on up to BOUND_SAMPLE of them."""
+MIN_BOUND = 1e-3
+"""Least distance bound: the same text embedded in another batch differs by about 1e-6, so that a
+task with a single row still knows its own text."""
+ALL_VOTE = 50_000
+VOTERS = 16_384
+"""In a task of more than ALL_VOTE rows so many of them, drawn once, vote on table rows, and heads
+are made from these: to compare each of a million rows with each other takes hours, with these
+minutes. Votes of a sample are from farther away, so exits look a little less able than they are."""
+AT_ONCE = 16_384
+"""Rows read and worked on at once: with 384 dimensions 25 MB of vectors."""
+
+
+Blocks = Iterator[NDArray[np.float32]]
+"""A task's vectors, in order, some rows at a time: [rows, dimension]."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskIndex:
+    """The rows of one task, as a look-up needs them.
+
+    ids: n row ids.
+    vectors: [n, dimension] float32, L2-normalised; None where the table's index is searched.
+    keys: [n] uint64, under which that index finds the rows; else empty.
+    evidence: [n, len(HEADS), num_layers] float32, see `aggregate`; for free text the heads after
+        the first hold nothing.
+    labels: [n] int32, gold label of each row; 0 for free text.
+    distance_bound: cosine distance beyond which the nearest row says nothing.
+    choice: how exits are chosen unless a look-up says otherwise.
+    heads: those that bias label words, by name; empty for free text.
+    """
+
+    ids: list[str]
+    vectors: NDArray[np.float32] | None
+    keys: NDArray[np.uint64]
+    evidence: NDArray[np.float32]
+    labels: NDArray[np.int32]
+    distance_bound: float
+    choice: RuleChoice
+    heads: Mapping[HeadName, Head]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_task(
+    table: ExitTable,
+    name: str,
+    *,
+    keep_vectors: bool,
+    max_distance: float | None,
+    fraction: float | None,
+    vote_weight: float | None,
+) -> TaskIndex:
+    """What a task of at least one row needs; the arguments are those of `ExitRetriever.open`.
+
+    Raises TableError for unusable rows.
+
+    Without vectors a million rows of two label words and 18 layers take 400 MB, and half a GB more
+    while they are loaded; their vectors would be 1.5 GB.
+    """
+    entry = table.metadata.tasks[name]
+    choice = _choice(table, entry, fraction, vote_weight)
+    rows = table.rows(name, vectors=keep_vectors)
+    blocks = partial(_slices, rows.vectors) if keep_vectors else partial(table.vectors, name)
+    drawn = _draw(blocks(AT_ONCE), len(rows))
+    evidence = np.zeros((len(rows), len(HEADS), table.metadata.backbone.num_layers), np.float32)
+    evidence[:, 0] = evidence_of(rows, entry, evidence.shape[2])
+    heads: Mapping[HeadName, Head] = {}
+    if entry.kind == "labels":
+        heads = _hear_heads(evidence, rows, entry, drawn, blocks, choice.vote_weight)
+    return TaskIndex(
+        rows.ids,
+        rows.vectors if keep_vectors else None,
+        np.empty(0, np.uint64) if keep_vectors else table.keys(name),
+        evidence,
+        np.zeros(len(rows), np.int32) if rows.golds is None else rows.golds,
+        _distance_bound(blocks(AT_ONCE), drawn) if max_distance is None else max_distance,
+        choice,
+        heads,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Rows that stand for a task: all, or of a large one some.
+
+    positions: [m], ascending; vectors: [m, dimension].
+    """
+
+    positions: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+
+def _draw(blocks: Blocks, num_rows: int) -> _Drawn:
+    positions = np.arange(num_rows)
+    if num_rows > ALL_VOTE:
+        positions = np.sort(np.random.default_rng(0).choice(num_rows, VOTERS, replace=False))
+    parts = []
+    for first, block in _numbered(blocks):
+        begin, end = np.searchsorted(positions, [first, first + len(block)])
+        parts.append(block[positions[begin:end] - first])
+    return _Drawn(positions, np.concatenate(parts))
+
+
+def _hear_heads(
+    evidence: NDArray[np.float32],
+    rows: TaskRows,
+    entry: TaskEntry,
+    drawn: _Drawn,
+    blocks: Callable[[int], Blocks],
+    vote_weight: float,
+) -> dict[HeadName, Head]:
+    """The heads that bias label words; fills in what rows say under them, evidence[:, 1:]."""
+    golds, logprobs = rows.golds, rows.label_logprobs
+    assert golds is not None and logprobs is not None
+    some, most = drawn.positions, max(VOTE_K.values())
+    ballot = partial(LeaveOneOutVotes, drawn.vectors, golds[some], len(entry.label_words), most)
+    votes = ballot()
+    heads = _biasing_heads(logprobs[some], golds[some], votes, vote_weight)
+    everyone = [(slice(None), votes)]
+    is_part = len(some) < len(rows)
+    for part, own in _ballots(ballot, blocks(AT_ONCE), some) if is_part else everyone:
+        for position, name in enumerate(HEADS[1:], 1):
+            scores = heads[name].scores(logprobs[part], own.log_votes(VOTE_K.get(name, 1)))
+            evidence[part, position] = label_evidence(scores, golds[part])
+    return heads
+
+
+def _biasing_heads(
+    logprobs: NDArray[np.float32],
+    golds: NDArray[np.int32],
+    votes: LeaveOneOutVotes,
+    vote_weight: float,
+) -> dict[HeadName, Head]:
+    """HEADS without the first, from rows' log-probabilities, [n, num_layers, num_labels]."""
+    return {
+        "calibrated": calibrated(logprobs),
+        "fused": fused(logprobs, vote_weight),
+        "stacked": stacked(logprobs, golds, votes.log_votes(VOTE_K["stacked"])),
+    }
+
+
+def _ballots(
+    ballot: Callable[..., LeaveOneOutVotes], blocks: Blocks, voters: NDArray[np.int64]
+) -> Iterator[tuple[slice, LeaveOneOutVotes]]:
+    """Votes on all rows, block by block. voters: ascending positions of those that vote."""
+    for first, block in _numbered(blocks):
+        positions = np.arange(first, first + len(block))
+        at = np.minimum(np.searchsorted(voters, positions), len(voters) - 1)
+        own = np.where(voters[at] == positions, at, -1)
+        yield slice(first, first + len(block)), ballot(on=(block, own))
+
+
+def _choice(
+    table: ExitTable, entry: TaskEntry, fraction: float | None, vote_weight: float | None
+) -> RuleChoice:
+    """What `calibrate` stored, or the default, with what is set for all tasks."""
+    rule = DEFAULT_LABEL_RULE if entry.kind == "labels" else DEFAULT_FREE_TEXT_RULE
+    default = RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
+    choice = table.metadata.choices.get(entry.name, default)
+    return replace(
+        choice,
+        fraction=choice.fraction if fraction is None else fraction,
+        vote_weight=choice.vote_weight if vote_weight is None else vote_weight,
+    )
+
+
+def _slices(vectors: NDArray[np.float32], at_once: int) -> Blocks:
+    return (vectors[start : start + at_once] for start in range(0, len(vectors), at_once))
+
+
+def _numbered(blocks: Blocks) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Blocks with the position of their first row."""
+    first = 0
+    for block in blocks:
+        yield first, block
+        first += len(block)
+
+
+def _distance_bound(blocks: Blocks, drawn: _Drawn) -> float:
+    """BOUND_QUANTILE of the distances of some of the drawn rows to their nearest other row."""
+    if len(drawn.positions) < 2:
+        return MIN_BOUND
+    chosen = np.random.default_rng(0).permutation(len(drawn.positions))[:BOUND_SAMPLE]
+    sample, own = drawn.vectors[chosen], drawn.positions[chosen]
+    nearest = np.full(len(sample), -np.inf)
+    for first, block in _numbered(blocks):
+        similarities = sample @ block.T
+        here = (first <= own) & (own < first + len(block))
+        similarities[here, own[here] - first] = -np.inf
+        nearest = np.maximum(nearest, similarities.max(axis=1))
+    return max(float(np.quantile(1 - nearest, BOUND_QUANTILE)), MIN_BOUND)
