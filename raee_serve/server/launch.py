@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from raee_serve.errors import RaeeError
 from raee_serve.server.settings import DepthSettings
 
 if TYPE_CHECKING:
@@ -61,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="a prompt whose look-up takes longer runs at full depth (default: 250)",
     )
+    parser.add_argument(
+        "--kv-segments",
+        default="1",
+        metavar="N|auto",
+        help="split the layers into N segments, of which a request holds only as many KV blocks "
+        "as it reaches; auto takes N from the model (default: 1, vLLM's own KV cache)",
+    )
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -76,17 +84,27 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         fraction=args.fraction,
         vote_weight=args.vote_weight,
     )
+    options = _engine_options(args)
     import uvloop
 
-    from raee_serve.engine.settings import engine_options
     from raee_serve.server import vllm_server
 
     vllm_server.prepare_environment()
     serve_args = vllm_server.parse_serve_args(rest)
-    vllm_server.with_options(serve_args, engine_options())
+    vllm_server.with_options(serve_args, options)
     vllm_server.prefer_native_dtype(serve_args)
     gate = _gate(serve_args, settings)
     uvloop.run(vllm_server.serve(serve_args, gate))
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    from raee_serve.engine.segments import parse_count
+    from raee_serve.engine.settings import engine_options
+
+    try:
+        return engine_options(parse_count(args.kv_segments))
+    except ValueError as error:
+        raise RaeeError(f"--kv-segments: {error}") from error
 
 
 def _gate(serve_args: argparse.Namespace, settings: DepthSettings) -> Gate:

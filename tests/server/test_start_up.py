@@ -8,6 +8,7 @@ import pytest
 
 from raee_serve.cli import main
 from raee_serve.cut import cut_checkpoint
+from raee_serve.engine.settings import engine_options
 from raee_serve.server import vllm_server
 from tests.server.conftest import MODEL
 
@@ -49,6 +50,7 @@ def test_neither_a_table_nor_a_depth():
         (["--table", "somewhere", "--vote-weight", "-1"], "--vote-weight is -1.0; allowed: more"),
         (["--table", "somewhere", "--lookup-timeout-ms", "0"], "allowed: more than 0"),
         (["--table", "somewhere", "--max-distance", "3"], "allowed: 0..2"),
+        (["--exit-layer", "3", "--kv-segments", "x"], "'x'; allowed: auto or an integer of at"),
         (["--exit-layer", "0"], "'0'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "31"], "'31'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "half"], "'half'; allowed: 1..30 or 'full'"),
@@ -63,6 +65,16 @@ def test_neither_a_table_nor_a_depth():
 )
 def test_flags_that_cannot_work_are_refused_by_name(refused, smollm2, flags, message):
     assert message in refused(MODEL, *flags)
+
+
+def test_kv_segments_reach_the_engine_beside_the_users_own_config():
+    given = ["m", "--additional-config", '{"mine": 1}']
+    args = vllm_server.parse_serve_args(given)
+    vllm_server.with_options(args, engine_options(kv_segments="auto"))
+    assert args.additional_config == {"mine": 1, "raee_kv_segments": "auto"}
+    args = vllm_server.parse_serve_args(given)
+    vllm_server.with_options(args, engine_options())
+    assert args.additional_config == {"mine": 1}
 
 
 def test_a_missing_model(refused):

@@ -8,7 +8,7 @@ worker. RAEE_STRESS_REQUESTS sets how many come.
 import os
 import random
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, count
 
 import pytest
 
@@ -234,16 +234,16 @@ def test_admission_counts_the_segments_of_the_request():
     assert [admitted(d) for d in (12, 9, 6, 3)] == [5, 6, 10, 20]
 
 
-def hits(machine, tokens, exit_layer, salt=None, name=iter(range(1000))):
+def hits(machine, tokens, exit_layer, salt=None):
     """Tokens that a new request finds in the cache; it is run to its prompt's end."""
     before = machine.reused
-    request = new_request(next(name), tokens, exit_layer, salt)
+    request = new_request(next(NAMES), tokens, exit_layer, salt)
     assert machine.step(request, MAX_LEN)
     machine.leave(request, RequestStatus.FINISHED_STOPPED)
     return machine.reused - before
 
 
-PROMPT = list(range(6 * BLOCK + 1))
+PROMPT, NAMES = list(range(6 * BLOCK + 1)), count()
 
 
 def test_what_a_deeper_request_computed_serves_a_shallower_one():

@@ -1,5 +1,7 @@
 """Depth segments: which layers, who reaches them, whose blocks serve whom."""
 
+from itertools import chain
+
 import pytest
 
 from raee_serve.engine.segments import default_count, parse_count, segments_of
@@ -15,8 +17,8 @@ def segments(request):
 
 
 def test_segments_take_all_layers_in_turn(segments):
-    layers = [list(range(s.first_layer, s.end_layer)) for s in segments]
-    assert sum(layers, []) == list(range(NUM_LAYERS))
+    layers = [range(s.first_layer, s.end_layer) for s in segments]
+    assert list(chain(*layers)) == list(range(NUM_LAYERS))
     assert len({len(run) for run in layers}) == 1
 
 
