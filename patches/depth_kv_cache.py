@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from raee_serve.engine.kv_cache import SegmentManager, register_segments
 from raee_serve_patches.seam import Seam
@@ -103,9 +103,28 @@ class DepthKVCacheManager(KVCacheManager):
         self._report_reuse(request, exit_layer, found)
         return self.create_kv_cache_blocks(found), len(found[0]) * block_size, 0
 
-    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        if self._has_slots(request, num_new_tokens + kwargs.get("num_lookahead_tokens", 0)):
+            return self.empty_kv_cache_blocks
         self._exit_layers[request.request_id] = self._exit_layer_of(request)
-        return super().allocate_slots(request, *args, **kwargs)
+        return super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+
+    def _has_slots(self, request: Request, num_new_tokens: int) -> bool:
+        """Whether a running request needs no block for its next tokens, nor fills one to keep.
+
+        So it is in most decode steps, and asking every segment would cost far more than the
+        answer: they all hold equally many.
+        """
+        first, request_id = self.segments[0], request.request_id
+        if request.status != RequestStatus.RUNNING:
+            return False
+        end = min(request.num_computed_tokens + num_new_tokens, self.max_model_len)
+        if end > len(first.req_to_blocks.get(request_id, ())) * first.block_size:
+            return False
+        num_full = min(end, request.num_tokens) // first.block_size
+        return not self.enable_caching or num_full <= first.num_cached_block.get(request_id, 0)
 
     def free(self, request: Request) -> None:
         """As vLLM's, but the blocks evicted first are the last in the prompt, of all segments.
