@@ -32,8 +32,8 @@ def engine_options(kv_segments: int | Literal["auto"] = 1) -> dict[str, Any]:
         "worker_cls": WORKER_CLS,
         "enforce_eager": True,
     }
-    if parse_count(kv_segments) != 1:
-        options["additional_config"] = {KV_SEGMENTS_KEY: kv_segments}
+    if (count := parse_count(kv_segments)) != 1:
+        options["additional_config"] = {KV_SEGMENTS_KEY: count}
     return options
 
 
