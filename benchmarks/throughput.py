@@ -43,14 +43,14 @@ DEPTHS = {"third": 1 / 3, "half": 1 / 2, "two-thirds": 2 / 3, "full": 1.0}
 class Comparison:
     """The systems of one model and dtype, started once and asked in turns."""
 
-    def __init__(self, model: str, dtype: str, workdir: Path) -> None:
+    def __init__(self, model: str, dtype: str, workdir: Path, kv_segments: Any) -> None:
         self.checkpoint = local_checkpoint(model)
         self.dtype = dtype
         self.num_layers = identify_backbone(self.checkpoint).num_layers
         self._workdir = workdir
         self._cut: dict[int, System] = {}
         self.vanilla = self._start("vanilla", self.checkpoint, {})
-        self.ours = self._start("raee-serve", self.checkpoint, engine_options())
+        self.ours = self._start("raee-serve", self.checkpoint, engine_options(kv_segments))
         self._seed = 0
 
     def cut(self, depth: int) -> System:
@@ -155,13 +155,14 @@ def mixes(num_layers: int, num_requests: int) -> dict[str, list[int]]:
 
 
 def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
-    comparison = Comparison(args.model, args.dtype, workdir)
+    comparison = Comparison(args.model, args.dtype, workdir, args.kv_segments)
     n = comparison.num_layers
     workloads = [WORKLOADS[name].at_most(args.max_requests) for name in args.workloads]
     result: dict[str, Any] = {
         "model": args.model,
         "dtype": args.dtype,
         "num_layers": n,
+        "kv_segments": args.kv_segments,
         "pairs": args.pairs,
         "requests": {w.name: w.num_requests for w in workloads},
         "machine": machine(),
@@ -253,6 +254,7 @@ def main() -> None:
         "prefill-heavy are the same steps as 64, only fewer",
     )
     parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=MIXES)
+    parser.add_argument("--kv-segments", default="1", metavar="N|auto", help="as of `serve`")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args()
     print(machine())

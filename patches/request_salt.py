@@ -5,7 +5,8 @@ Checked on: vLLM 0.32.0.
 Why no extension point serves: hashes are computed when the engine makes its `Request`, before
 a scheduler class sees it, and the salt cannot be set through `SamplingParams`. Doing it here,
 not in the front end, covers offline `vllm.LLM` and every HTTP route with one piece of code.
-Retired by: a hook for extra block-hash keys, or by KV groups that grow with depth.
+Retired by: a hook for extra block-hash keys; not used where KV groups grow with depth
+(`depth_kv_cache.py`).
 """
 
 from typing import TYPE_CHECKING

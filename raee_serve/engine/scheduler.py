@@ -1,6 +1,7 @@
 """Scheduler that carries each scheduled request's exit layer to the worker."""
 
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
@@ -10,7 +11,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from raee_serve.engine.compat import check_engine
+from raee_serve.engine.kv_cache import is_split
 from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve_patches.depth_kv_cache import bring_kv_cache_manager
 from raee_serve_patches.request_salt import salt_block_hashes
 
 logger = init_logger(f"vllm.{__name__}")
@@ -28,16 +31,24 @@ class TruncatedSchedulerOutput(SchedulerOutput):
 
 
 class TruncatingScheduler(Scheduler):
-    """vLLM's scheduler, plus: keeps depths apart in the prefix cache and states exits."""
+    """vLLM's scheduler, plus: states exits, and keeps depths apart in the prefix cache.
+
+    The latter by hashes that depths do not share or, when the KV cache is one of depth segments,
+    by a KV cache manager that knows how deep a block was filled.
+    """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         self.num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        self.kv_by_depth = is_split(self.kv_cache_config)
+        if self.kv_by_depth:
+            bring_kv_cache_manager(self, partial(exit_layer_of, num_layers=self.num_layers))
 
     def add_request(self, request: Request) -> None:
-        exit_layer = exit_layer_of(request, self.num_layers)
-        salt_block_hashes(request, exit_layer, self.num_layers)
+        if not self.kv_by_depth:
+            exit_layer = exit_layer_of(request, self.num_layers)
+            salt_block_hashes(request, exit_layer, self.num_layers)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> TruncatedSchedulerOutput:

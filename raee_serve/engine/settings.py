@@ -1,8 +1,10 @@
 """What the extension asks of vLLM, and how a request says its exit layer."""
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from raee_serve.engine.segments import parse_count
 from raee_serve.errors import RaeeError
 
 OFF_VARIABLE = "RAEE_OFF"
@@ -15,8 +17,16 @@ SCHEDULER_CLS = "raee_serve.engine.scheduler.truncating_scheduler"
 WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
 
 
-def engine_options() -> dict[str, Any]:
+KV_SEGMENTS_KEY = "raee_kv_segments"
+"""Key of vLLM's `additional_config`: depth segments of the KV cache, a number or "auto"."""
+
+
+def engine_options(kv_segments: int | Literal["auto"] = 1) -> dict[str, Any]:
     """Engine arguments that switch truncated execution on, for `vllm.LLM(model, **options)`.
+
+    kv_segments: above 1, a request holds KV blocks only for the segments of layers that it
+        reaches; "auto" takes the number from the model. 1 leaves vLLM's cache as it is.
+        Raises `ValueError` for anything else.
 
     The named classes are imported by vLLM itself, so an installation that cannot load them
     stops the engine instead of serving vanilla vLLM (invariant 6 of docs/architecture.md).
@@ -26,11 +36,19 @@ def engine_options() -> dict[str, Any]:
     """
     if is_off():
         return {"enforce_eager": True}
-    return {
+    options: dict[str, Any] = {
         "scheduler_cls": SCHEDULER_CLS,
         "worker_cls": WORKER_CLS,
         "enforce_eager": True,
     }
+    if (count := parse_count(kv_segments)) != 1:
+        options["additional_config"] = {KV_SEGMENTS_KEY: count}
+    return options
+
+
+def kv_segments(additional_config: Mapping[str, Any]) -> int | Literal["auto"]:
+    """The depth segments asked for in vLLM's `additional_config`; 1 when it names none."""
+    return parse_count(additional_config.get(KV_SEGMENTS_KEY, 1))
 
 
 def exit_args(exit_layer: int) -> dict[str, int]:

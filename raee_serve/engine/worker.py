@@ -5,8 +5,10 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from raee_serve.engine.compat import check_engine
+from raee_serve.engine.kv_cache import split_by_depth
 from raee_serve.engine.models import SUPPORTED
 from raee_serve.engine.models.truncated import TruncatedExecution
+from raee_serve.engine.settings import kv_segments
 from raee_serve_patches.seeded_chunks import undrawn_while_incomplete
 from raee_serve_patches.v1_step import V1Step
 
@@ -23,6 +25,13 @@ class TruncatingCPUWorker(CPUWorker):
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.step = V1Step(self.model_runner, num_layers)
         _truncated_model(self.model_runner.get_model()).attach(self.step)
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        return split_by_depth(
+            super().get_kv_cache_spec(),
+            self.model_config.get_total_num_hidden_layers(),
+            kv_segments(self.vllm_config.additional_config),
+        )
 
     def execute_model(self, scheduler_output: Any) -> Any:
         with self.step.running(scheduler_output):

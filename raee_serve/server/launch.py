@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from raee_serve.errors import RaeeError
 from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.server import access, valves
 from raee_serve.server.settings import DepthSettings
@@ -85,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take up the table's new versions, looking for one every so often (default: only "
         "when asked to, by POST /v1/raee/reload)",
     )
+    parser.add_argument(
+        "--kv-segments",
+        default="1",
+        metavar="N|auto",
+        help="split the layers into N segments, of which a request holds only as many KV blocks "
+        "as it reaches; auto takes N from the model (default: 1, vLLM's own KV cache)",
+    )
     valves.add_arguments(parser)
     access.add_arguments(parser)
 
@@ -106,17 +114,27 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         rows_in_memory_mb=args.rows_in_memory,
     )
     safety, surface = valves.Valves.of(args), access.Access.of(args)
+    options = _engine_options(args)
     import uvloop
 
-    from raee_serve.engine.settings import engine_options
     from raee_serve.server import vllm_server
 
     vllm_server.prepare_environment()
     serve_args = vllm_server.parse_serve_args(rest)
-    vllm_server.with_options(serve_args, engine_options())
+    vllm_server.with_options(serve_args, options)
     vllm_server.prefer_native_dtype(serve_args)
     gate = _gate(serve_args, settings, safety, surface)
     uvloop.run(vllm_server.serve(serve_args, gate, settings.watch_table))
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    from raee_serve.engine.segments import parse_count
+    from raee_serve.engine.settings import engine_options
+
+    try:
+        return engine_options(parse_count(args.kv_segments))
+    except ValueError as error:
+        raise RaeeError(f"--kv-segments: {error}") from error
 
 
 def _gate(

@@ -95,14 +95,16 @@ def _refusals(args: Namespace) -> list[tuple[bool, str]]:
 def with_options(args: Namespace, options: Mapping[str, Any]) -> None:
     """Put the extension's engine options onto the parsed arguments, in place.
 
-    A scheduler or worker class of the user's is refused with ServeError: ours cannot share the
-    engine with another.
+    An `--additional-config` of the user's keeps its other entries. A scheduler or worker class of
+    the user's is refused with ServeError: ours cannot share the engine with another.
     """
     for name, value in options.items():
         given = getattr(args, name)
         if name.endswith("_cls") and given not in (None, "auto", value):
             flag = "--" + name.replace("_", "-")
             raise ServeError(f"{flag} {given!r} is given; raee-serve needs its own: {value}")
+        if name == "additional_config":
+            value = {**(given or {}), **value}
         setattr(args, name, value)
 
 

@@ -1,19 +1,16 @@
 """Requests of every length and depth that come, go and are aborted at random."""
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
-from vllm import SamplingParams
 
-from raee_serve.engine.settings import exit_args
 from tests.engine.engines import tiny_engine
-from tests.engine.reference import mixed_mismatches
+from tests.engine.traffic import random_requests, serve, wrong_tokens
 from tests.tiny import ENGINE_SIZES, saved, tiny_gemma3, tiny_llama
 
 pytestmark = pytest.mark.engine
 
-NUM_LAYERS, NUM_REQUESTS, BLOCK = 6, 1000, 128
+NUM_LAYERS, NUM_REQUESTS = 6, 1000
 MODELS = {
     "llama": (tiny_llama, {}, {}),
     "gemma3-no-cache": (tiny_gemma3, {"sliding_window": 64}, {"enable_prefix_caching": False}),
@@ -21,71 +18,12 @@ MODELS = {
 """Name to model, its configuration and engine arguments."""
 
 
-@dataclass
-class Request:
-    prompt: list[int]
-    exit_layer: int
-    max_tokens: int
-    abort_after: int | None
-    tokens: list[int] = field(default_factory=list)
-    finished: bool = False
-
-
-def random_requests(rng):
-    """Prompts of 1 to 600 tokens, many with a common beginning; one in five to be aborted."""
-    stems = [[rng.randrange(5, 512) for _ in range(2 * BLOCK)] for _ in range(4)]
-    requests = []
-    for _ in range(NUM_REQUESTS):
-        length = rng.choice([1, 3, 17, 40, 130, 300, 600])
-        stem = rng.choice(stems) if rng.random() < 0.5 else []
-        body = [rng.randrange(5, 512) for _ in range(length)]
-        abort_after = rng.choice([0, 0, 1, 4]) if rng.random() < 0.2 else None
-        requests.append(
-            Request(
-                prompt=(stem + body)[:600],
-                exit_layer=rng.randint(1, NUM_LAYERS),
-                max_tokens=rng.choice([1, 2, 8, 24]),
-                abort_after=abort_after,
-            )
-        )
-    return requests
-
-
-def serve(engine, requests, rng):
-    """Add requests in bursts while others run; abort some as they prefill, some as they decode."""
-    waiting = {str(i): request for i, request in enumerate(requests)}
-    running = {}
-    while waiting or engine.has_unfinished_requests():
-        for request_id in list(waiting)[: rng.choice([0, 0, 1, 3, 12])]:
-            request = running[request_id] = waiting.pop(request_id)
-            params = SamplingParams(
-                temperature=0.0,
-                max_tokens=request.max_tokens,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args=exit_args(request.exit_layer),
-            )
-            engine.add_request(request_id, {"prompt_token_ids": request.prompt}, params)
-        for output in engine.step():
-            request = running[output.request_id]
-            request.tokens = list(output.outputs[0].token_ids)
-            request.finished = output.finished
-        unwanted = [
-            request_id
-            for request_id, r in running.items()
-            if not r.finished and r.abort_after is not None and len(r.tokens) >= r.abort_after
-        ]
-        engine.abort_request(unwanted)
-        for request_id in unwanted:
-            del running[request_id]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_no_wrong_token_and_no_lost_block(name, tmp_path):
     make, config, engine_args = MODELS[name]
     checkpoint = saved(make(NUM_LAYERS, **ENGINE_SIZES, **config), tmp_path / name)
     rng = random.Random(9)
-    requests = random_requests(rng)
+    requests = random_requests(rng, NUM_REQUESTS, NUM_LAYERS)
 
     with tiny_engine(checkpoint, **engine_args) as llm:
         serve(llm.llm_engine, requests, rng)
@@ -94,11 +32,4 @@ def test_no_wrong_token_and_no_lost_block(name, tmp_path):
     done = [r for r in requests if r.finished]
     assert len(done) > 0.75 * NUM_REQUESTS
     assert all(len(r.tokens) == r.max_tokens for r in done)
-    partial = [r for r in requests if r.tokens]  # an aborted request's tokens are right, too
-    wrong = mixed_mismatches(
-        checkpoint,
-        [r.exit_layer for r in partial],
-        [r.prompt for r in partial],
-        [r.tokens for r in partial],
-    )
-    assert wrong == []
+    assert wrong_tokens(checkpoint, requests) == []

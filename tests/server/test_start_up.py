@@ -8,6 +8,7 @@ import pytest
 
 from raee_serve.cli import main
 from raee_serve.cut import cut_checkpoint
+from raee_serve.engine.settings import engine_options
 from raee_serve.server import vllm_server
 from tests.server.conftest import MODEL
 
@@ -54,6 +55,7 @@ def test_neither_a_table_nor_a_depth():
         (["--exit-layer", "4", "--min-exit-layer", "9"], "'4'; allowed: 9..30"),
         (["--exit-layer", "4", "--min-exit-layer", "31"], "allowed: 1..30"),
         (["--exit-layer", "4", "--max-prompts", "0"], "--max-prompts is 0; allowed: at least 1"),
+        (["--exit-layer", "3", "--kv-segments", "x"], "'x'; allowed: auto or an integer of at"),
         (["--exit-layer", "0"], "'0'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "31"], "'31'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "half"], "'half'; allowed: 1..30 or 'full'"),
@@ -68,6 +70,16 @@ def test_neither_a_table_nor_a_depth():
 )
 def test_flags_that_cannot_work_are_refused_by_name(refused, smollm2, flags, message):
     assert message in refused(MODEL, *flags)
+
+
+def test_kv_segments_reach_the_engine_beside_the_users_own_config():
+    given = ["m", "--additional-config", '{"mine": 1}']
+    args = vllm_server.parse_serve_args(given)
+    vllm_server.with_options(args, engine_options(kv_segments="auto"))
+    assert args.additional_config == {"mine": 1, "raee_kv_segments": "auto"}
+    args = vllm_server.parse_serve_args(given)
+    vllm_server.with_options(args, engine_options())
+    assert args.additional_config == {"mine": 1}
 
 
 def test_a_missing_model(refused):

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from raee_serve_patches import Seam, SeamError, check_seams
+from raee_serve_patches import Seam, SeamError, check_seams, depth_kv_cache
 
 pytestmark = pytest.mark.unit
 
@@ -13,6 +13,7 @@ SYMBOL = "vllm.v1.request:Request.update_block_hashes"
 
 def test_installed_vllm_passes():
     check_seams()
+    depth_kv_cache.SEAM.check()
 
 
 def test_changed_source_is_named():
