@@ -11,7 +11,7 @@ from tests.engine.engines import generate_at, tiny_engine
 from tests.engine.reference import mixed_mismatches
 from tests.engine.traffic import random_requests, serve, wrong_tokens
 from tests.engine.workload import mixed_requests
-from tests.tiny import ENGINE_SIZES, saved, tiny_gemma3, tiny_llama
+from tests.tiny import ENGINE_SIZES, saved, tiny_llama
 
 pytestmark = pytest.mark.engine
 
@@ -128,9 +128,3 @@ def test_without_the_option_the_cache_is_vllms_own(checkpoint):
         assert not scheduler.kv_by_depth
         assert type(scheduler.kv_cache_manager).__module__.startswith("vllm.")
         assert len(scheduler.kv_cache_config.kv_cache_groups) == 1
-
-
-def test_sliding_windows_keep_vllms_cache_under_auto(tmp_path):
-    gemma = saved(tiny_gemma3(NUM_LAYERS, **ENGINE_SIZES, sliding_window=64), tmp_path / "gemma")
-    with tiny_engine(gemma, **engine_options(kv_segments="auto")) as llm:
-        assert not scheduler_of(llm).kv_by_depth

@@ -64,7 +64,7 @@ class Reloading:
 
     def __init__(self, uri, tokenizer):
         self.registry = CollectorRegistry()
-        settings = DepthSettings(table=uri, rule="earliest", lookup_timeout_ms=60_000)
+        settings = DepthSettings(table=uri, lookup_timeout_ms=60_000)
         self.loader = TableLoader(settings, BACKBONE, tokenizer, ["model"])
         gate = Gate(Admission(4), None, str, DecisionMetrics(4, self.registry))
         self.reloader = TableReloader(self.loader.load, self.loader.newest_state, uri)
@@ -87,7 +87,9 @@ def reloading(uri, tokenizer):
 
 
 async def decided(gate, *tasks, text=TEXTS[0]):
-    decisions = await gate.lookups.decide([Lookup((task,), text) for task in tasks])
+    decisions = await gate.lookups.decide(
+        [Lookup((task,), text, rule="earliest") for task in tasks]
+    )
     return [(decision.exit_layer, decision.reason) for decision in decisions]
 
 
@@ -133,7 +135,7 @@ def test_requests_go_on_while_versions_come_and_go(uri, encoder, reloading):
 
     async def scenario():
         versions = [ExitTable.open(uri).version, replace_rows(uri, encoder, layer=3).version]
-        asked = [asyncio.create_task(ask(n)) for n in range(200)]
+        asked = [asyncio.create_task(ask(n)) for n in range(60)]
         while not all(task.done() for task in asked):
             await asyncio.to_thread(ExitTable.open(uri).rollback, versions[0])
             versions.reverse()
