@@ -12,12 +12,9 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from raee_serve.errors import RaeeError, TaskError
-from raee_serve.retrieval.leave_one_out import LeaveOneOut, Outcome, frontier
+from raee_serve.retrieval.leave_one_out import LABEL_VOTE_K, LeaveOneOut, Outcome, frontier
 from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
-
-VOTE_K = 32
-"""Neighbours of the label vote that is printed beside the rules."""
 
 DESCRIPTION = """Ask every row of a task as if the table did not hold it, under every rule and many
 settings; print the accuracy-depth frontier, and store the settings that fit the budget in the
@@ -117,7 +114,7 @@ def _baselines(rows: LeaveOneOut) -> list[tuple[float, float, str]]:
     return [
         (1.0, rows.full_depth(), "full depth"),
         (layer / rows.num_layers, accuracy, f"best fixed layer ({layer}), calibrated"),
-        (0.0, rows.label_vote(VOTE_K), f"label vote of {VOTE_K} neighbours, no model"),
+        (0.0, rows.label_vote(LABEL_VOTE_K), f"label vote of {LABEL_VOTE_K} neighbours, no model"),
         (0.0, rows.stacked_vote(), "label vote as stacked exits weigh it, no model"),
     ]
 

@@ -37,6 +37,8 @@ NEIGHBOURS = {
     "fused": (16, 32, 48),
     "stacked": (64, 128),
 }
+LABEL_VOTE_K = 32
+"""Neighbours of the bare label vote that stands beside the rules."""
 VOTE_WEIGHTS = (0.5, 1.0, 2.0, 3.0)
 """Of fused exits; stacked ones have fitted weights."""
 
@@ -98,8 +100,7 @@ class LeaveOneOut:
 
     def best_layer(self) -> tuple[int, float]:
         """The best fixed layer (1..num_layers), calibrated, and its accuracy."""
-        right = self._right(calibrated(self._logprobs), 1).mean(axis=0)
-        return int(right.argmax()) + 1, float(right.max())
+        return best_fixed_layer(self._logprobs, self._golds)
 
     def label_vote(self, k: int) -> float:
         """Accuracy of the neighbours' vote alone, without any model."""
@@ -138,6 +139,16 @@ class LeaveOneOut:
     def _scores(self, head: Head, k: int) -> Array:
         """[n, num_layers, num_labels], with the vote of k neighbours."""
         return head.scores(self._logprobs, self._votes.log_votes(k))
+
+
+def best_fixed_layer(
+    label_logprobs: NDArray[np.float32], golds: NDArray[np.int32]
+) -> tuple[int, float]:
+    """The layer (1..num_layers) that answers most rows correctly when calibrated, and its share."""
+    no_votes = np.zeros((len(golds), label_logprobs.shape[2]))
+    scores = calibrated(label_logprobs).scores(label_logprobs, no_votes)
+    right = (scores.argmax(axis=2) == golds[:, None]).mean(axis=0)
+    return int(right.argmax()) + 1, float(right.max())
 
 
 def frontier(outcomes: Sequence[Outcome]) -> list[Outcome]:

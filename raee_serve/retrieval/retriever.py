@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +34,9 @@ from raee_serve.retrieval.heads import (
     log_votes,
 )
 from raee_serve.retrieval.stacking import stacked
-from raee_serve.retrieval.vector_cache import VectorCache
+from raee_serve.retrieval.vector_cache import Encodes, VectorCache
 from raee_serve.table.evidence import evidence_of, label_evidence
-from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows
+from raee_serve.table.schema import EncoderIdentity, RuleChoice, TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS
@@ -51,6 +52,12 @@ task with a single row still knows its own text."""
 
 HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
 """The order in which a row's exit information is held."""
+
+
+class KnowsItself(Encodes, Protocol):
+    """An encoder that says which one it is, as `Encoder` does."""
+
+    def identity(self) -> EncoderIdentity: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class ExitRetriever:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encodes,
         metadata: TableMetadata,
         indexes: Mapping[str, TaskIndex],
     ) -> None:
@@ -125,12 +132,12 @@ class ExitRetriever:
         uri: str,
         *,
         backbone: BackboneIdentity,
-        encoder: str | None = None,
+        encoder: str | KnowsItself | None = None,
         max_distance: float | None = None,
         fraction: float | None = None,
         vote_weight: float | None = None,
     ) -> ExitRetriever:
-        """Loads a table and its encoder (`encoder` overrides where that is found).
+        """Loads a table and its encoder (`encoder` overrides where that is found, or is it).
 
         max_distance: cosine distance beyond which a nearest row is too far, for all tasks; by
         default each task has its own bound, see BOUND_QUANTILE.
@@ -147,7 +154,8 @@ class ExitRetriever:
                     f"exit table {uri} holds an unknown task {name!r}; known: {', '.join(TASKS)}"
                 )
             metadata.check_task(TASKS[name], uri)
-        model = Encoder(encoder or metadata.encoder.name)
+        model = encoder or metadata.encoder.name
+        model = Encoder(model) if isinstance(model, str) else model
         metadata.check_encoder(model.identity(), uri)
         indexes = {
             name: _load_index(table, name, max_distance, fraction, vote_weight)
