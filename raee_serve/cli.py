@@ -27,6 +27,7 @@ class Command:
 COMMANDS = (
     Command("build", "raee_serve.table.build_command", "build an exit table for a backbone"),
     Command("table info", "raee_serve.table.info_command", "show what an exit table holds"),
+    Command("table plot", "raee_serve.retrieval.plot_command", "draw what an exit table holds"),
     Command(
         "calibrate",
         "raee_serve.retrieval.calibrate_command",

@@ -7,11 +7,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
 from raee_serve.errors import RaeeError, TaskError
+from raee_serve.retrieval.drawing import pyplot
 from raee_serve.retrieval.leave_one_out import LABEL_VOTE_K, LeaveOneOut, Outcome, frontier
 from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
@@ -141,8 +142,7 @@ def _draw(
     name: str, rows: LeaveOneOut, best: Sequence[Outcome], chosen: Outcome, target: Path
 ) -> None:
     """The frontier, the choice, and what needs no retrieval beside them."""
-    pyplot: Any = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150)
+    figure, axes = pyplot().subplots(figsize=(6, 4), dpi=150)
     axes.step([o.depth for o in best], [o.accuracy for o in best], where="post", label="frontier")
     axes.plot([chosen.depth], [chosen.accuracy], "o", label=f"chosen: {describe(chosen.choice)}")
     for (depth, accuracy, what), marker in zip(_baselines(rows), "s^x+", strict=True):
@@ -151,14 +151,3 @@ def _draw(
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(target)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise RaeeError("--png needs matplotlib: install raee-serve[plot]") from e
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -278,7 +278,7 @@ def _load_index(
     vote_weight: float | None,
 ) -> TaskIndex:
     rows, entry = table.rows(name), table.metadata.tasks[name]
-    choice = table.metadata.choices.get(name) or _default_choice(entry)
+    choice = table.metadata.choices.get(name) or default_choice(entry)
     choice = replace(
         choice,
         fraction=choice.fraction if fraction is None else fraction,
@@ -297,7 +297,8 @@ def _load_index(
     return TaskIndex(rows.vectors, evidence, labels, bound, choice, heads)
 
 
-def _default_choice(entry: TaskEntry) -> RuleChoice:
+def default_choice(entry: TaskEntry) -> RuleChoice:
+    """How exits of a task are chosen if nothing else is stored or asked for."""
     rule = DEFAULT_LABEL_RULE if entry.kind == "labels" else DEFAULT_FREE_TEXT_RULE
     return RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
 

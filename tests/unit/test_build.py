@@ -241,6 +241,9 @@ def test_command_line_without_a_command(capsys):
     for argv in ([], ["build", "--nonsense"], ["table"], ["train"]):
         with pytest.raises(SystemExit):
             cli.main(argv)
-    assert "'build', 'table info', 'calibrate', 'serve', 'eval'" in capsys.readouterr().err
+    assert (
+        "'build', 'table info', 'table plot', 'calibrate', 'serve', 'eval'"
+        in capsys.readouterr().err
+    )
     assert cli.main(["table", "info", "/nowhere"]) == 1
     assert "exit table /nowhere: no such directory" in capsys.readouterr().err
