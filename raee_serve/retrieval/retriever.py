@@ -41,13 +41,16 @@ from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS
 
-BOUND_QUANTILE = 0.99
+FAR_NEIGHBOURS = 12
+BOUND_QUANTILE = 0.97
 BOUND_SAMPLE = 1000
-"""A prompt is far if its nearest row is farther than the nearest other row is from nearly all
-(BOUND_QUANTILE) of the task's own rows, judged on up to BOUND_SAMPLE of them."""
+"""A prompt is far if its FAR_NEIGHBOURS nearest rows are on average farther away than their nearest
+other rows are from nearly all (BOUND_QUANTILE) of the task's own rows, judged on up to BOUND_SAMPLE
+of them. The nearest row alone tells prompts of other tasks apart less well: some row is near to
+almost any text. See benchmarks/far_prompts.py."""
 MIN_BOUND = 1e-3
-"""Least distance bound: the same text embedded in another batch differs by about 1e-6, so that a
-task with a single row still knows its own text."""
+"""A row no farther than this is of the prompt's own text (embedded in another batch it differs by
+about 1e-6), which is never far."""
 
 
 HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
@@ -82,7 +85,7 @@ class TaskIndex:
     evidence: [n, len(HEADS), num_layers] float32, see `aggregate`; for free text the heads after
         the first hold nothing.
     labels: [n] int32, gold label of each row; 0 for free text.
-    distance_bound: cosine distance beyond which the nearest row says nothing.
+    distance_bound: mean cosine distance beyond which the nearest rows say nothing.
     choice: how exits are chosen unless a look-up says otherwise.
     heads: those that bias label words, by name; empty for free text.
     """
@@ -139,8 +142,8 @@ class ExitRetriever:
     ) -> ExitRetriever:
         """Loads a table and its encoder (`encoder` overrides where that is found, or is it).
 
-        max_distance: cosine distance beyond which a nearest row is too far, for all tasks; by
-        default each task has its own bound, see BOUND_QUANTILE.
+        max_distance: mean cosine distance beyond which the nearest rows are far, for all tasks; by
+        default each task has its own bound, see FAR_NEIGHBOURS.
         fraction, vote_weight: for all tasks; by default what `calibrate` stored, or the defaults.
         Raises TableError if the table is missing, corrupt or empty, BindingError if it belongs to
         another backbone, encoder or prompt template, CheckpointError if the encoder is missing.
@@ -169,7 +172,7 @@ class ExitRetriever:
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
 
-        Full depth where the nearest row is too far (FAR) or no neighbour was answered correctly
+        Full depth where the nearest rows are too far (FAR) or no neighbour was answered correctly
         (NO_EVIDENCE). `lookup_ms` is the time of the whole batch.
         Raises RaeeError for k < 1, an unknown rule or an unknown task.
         """
@@ -214,11 +217,13 @@ class ExitRetriever:
         choice = _choice_for(lookup, self.choices[self._names[owner]])
         rule = rule_named(choice.rule)
         heads: tuple[HeadName, ...] = rule.heads if self._heads[owner] else ("plain",)
-        nearest = _smallest(distances, choice.k)
+        nearest = _smallest(distances, max(choice.k, FAR_NEIGHBOURS))
         distance = float(distances[nearest[0]])
         found = {"task": self._names[owner], "distance": distance}
-        if distance > self._bounds[owner]:
+        close = distances[nearest[: _far_neighbours(len(rows))]].mean()
+        if distance > MIN_BOUND and close > self._bounds[owner]:
             return ExitDecision.full(self.num_layers, Reason.FAR, **found)
+        nearest = nearest[: choice.k]
         evidence = self._evidence[rows[nearest]][:, [HEADS.index(head) for head in heads]]
         chosen = decide(rule, evidence, distances[nearest], fraction=choice.fraction)
         if chosen is None:
@@ -322,11 +327,17 @@ def _biasing_heads(
 
 
 def _distance_bound(vectors: NDArray[np.float32]) -> float:
-    """BOUND_QUANTILE of the sampled rows' distances to their nearest other row."""
+    """BOUND_QUANTILE of the sampled rows' mean distances to their nearest other rows."""
     if len(vectors) < 2:
         return MIN_BOUND
     sample = np.random.default_rng(0).permutation(len(vectors))[:BOUND_SAMPLE]
+    k = _far_neighbours(len(vectors))
     similarities = vectors[sample] @ vectors.T
     similarities[np.arange(len(sample)), sample] = -np.inf
-    bound = np.quantile(1 - similarities.max(axis=1), BOUND_QUANTILE)
-    return max(float(bound), MIN_BOUND)
+    nearest = -np.partition(-similarities, k - 1, axis=1)[:, :k]
+    return max(float(np.quantile(1 - nearest.mean(axis=1), BOUND_QUANTILE)), MIN_BOUND)
+
+
+def _far_neighbours(num_rows: int) -> int:
+    """How many of the nearest of so many rows are judged: as many as each has others."""
+    return max(1, min(FAR_NEIGHBOURS, num_rows - 1))

@@ -29,7 +29,7 @@ def table(tmp_path):
     free_text = TaskRows(
         [f"b{i}" for i in range(4)],
         unit_vectors(4),
-        reference_logprob=np.log([[0.5, 0.4]] * 4).astype(np.float32),
+        reference_logprob=np.log([[0.9, 0.2]] * 4).astype(np.float32),
         agreement=np.array([[0.95, 1]] * 3 + [[0.5, 1]], np.float32),
     )
     table.add("xsum", free_text)
@@ -56,7 +56,7 @@ def test_depths_are_those_of_the_stored_choice(table):
     [outcome] = left_out.outcomes("earliest", 3, 1.0, [0.9])
     assert sst2.choice == choice and sst2.mean_depth == pytest.approx(outcome.depth)
     assert sst2.depth.sum() == pytest.approx(1) and xsum.depth.sum() == pytest.approx(1)
-    np.testing.assert_allclose(xsum.depth, [0, 1, 0, 0])  # three of four neighbours agree at 2
+    np.testing.assert_allclose(xsum.depth, [0, 1, 0, 0])  # most neighbours agree at 2, and are sure
 
 
 def test_the_command_draws_a_png(table, tmp_path, capsys):
