@@ -38,6 +38,7 @@ COMMANDS = (
     ),
     Command("table index", "raee_serve.table.index_command", "index a large table's vectors"),
     Command("table check", "raee_serve.table.check_command", "check a table's rows and its index"),
+    Command("table plot", "raee_serve.retrieval.plot_command", "draw what an exit table holds"),
     Command(
         "calibrate",
         "raee_serve.retrieval.calibrate_command",

@@ -19,7 +19,7 @@ class Reason(StrEnum):
     UNMATCHED = "unmatched"  # no known task: neither named nor matched by its prompt
     UNCONSTRAINED = "unconstrained"  # label-word task, output not limited to the label words
     ADAPTER = "adapter"  # the request is for a LoRA adapter, which the table knows nothing of
-    FAR = "far"  # nearest row beyond the task's distance bound
+    FAR = "far"  # nearest rows beyond the task's distance bound
     NO_EVIDENCE = "no-evidence"  # no neighbour was answered correctly by any layer
     TIMEOUT = "timeout"  # the look-up took too long
     ERROR = "error"  # the look-up failed

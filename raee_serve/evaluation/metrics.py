@@ -23,7 +23,11 @@ def score(task: Task, answers: Sequence[str], golds: Sequence[int | str]) -> flo
     if task.kind == "free-text":
         return rouge_l(answers, [str(gold) for gold in golds])
     predicted = [predicted_label(task, answer) for answer in answers]
-    labels = [int(gold) for gold in golds]
+    return score_labels(task, predicted, [int(gold) for gold in golds])
+
+
+def score_labels(task: Task, predicted: Sequence[int | None], labels: Sequence[int]) -> float:
+    """As `score`, of label indices."""
     if metric_name(task) == "matthews":
         return matthews(predicted, labels, len(task.label_words))
     return accuracy(predicted, labels)

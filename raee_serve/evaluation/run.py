@@ -1,4 +1,4 @@
-"""`raee-serve eval`: tasks at full depth and at retrieved depths, through the server."""
+"""`raee-serve eval`: tasks at full depth and at retrieved depths, through the server or offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ WARM_UP = 4
 
 DESCRIPTION = """Ask a server about a task's test rows, once at full depth and once at retrieved
 depths, and compare quality, depth and speed. Starts a server of its own unless --base-url names
-one; flags not listed here go to that server. The last line is one JSON object."""
+one; flags not listed here go to that server. With --offline there is no server: the rows are probed
+(once, then kept), and several rules compared with each other and with what needs no decision; of
+the server's flags --fraction, --vote-weight, --max-distance and --encoder apply. The last line is
+one JSON object."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=_positive, metavar="N", help="test rows a task")
     parser.add_argument("--base-url", metavar="URL", help="a running raee-serve")
-    parser.add_argument("--rule", help="aggregation rule; the server's default if not given")
+    parser.add_argument("--offline", action="store_true", help="without a server; no free text")
+    parser.add_argument(
+        "--rule",
+        action="append",
+        help="how exits are chosen; the server's default if not given. With --offline repeat for "
+        "several, or 'stored' for each task's own choice (default: all)",
+    )
     parser.add_argument("--k", type=int, help="neighbours; the server's default if not given")
     parser.add_argument("--concurrency", type=_positive, default=32, help="default: 32")
     parser.add_argument("--seed", type=int, default=0, help="of the row shuffle (default: 0)")
@@ -52,7 +61,13 @@ def run(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
     """Evaluate and print. Raises RaeeError for unknown tasks, missing data or a failing server."""
     tasks = [get_task(name) for name in args.task]
     examples = {task.name: shuffled_rows(task, args.data, args.limit, args.seed) for task in tasks}
-    raee = {key: value for key in ("rule", "k") if (value := getattr(args, key)) is not None}
+    if args.offline:
+        from raee_serve.evaluation import offline
+
+        offline.run(args, rest, tasks, examples)
+        return
+    raee = {"rule": _only_rule(args.rule), "k": args.k}
+    raee = {key: value for key, value in raee.items() if value is not None}
     with _server(args, rest) as url:
         results = asyncio.run(
             evaluate(asker(url, args.model), tasks, examples, raee, args.concurrency)
@@ -88,6 +103,12 @@ async def evaluate(
         results[task.name] = TaskResult.of(task, golds, full, retrieved)
         print(f"raee-serve: {task.name}: {len(rows)} rows asked twice", flush=True)
     return results
+
+
+def _only_rule(rules: Sequence[str] | None) -> str | None:
+    if rules and len(rules) > 1:
+        raise RaeeError(f"--rule is given {len(rules)} times, which only --offline can compare")
+    return rules[0] if rules else None
 
 
 def _server(args: argparse.Namespace, rest: Sequence[str]) -> AbstractContextManager[str]:

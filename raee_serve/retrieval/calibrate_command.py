@@ -7,17 +7,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
 from raee_serve.errors import RaeeError, TaskError
-from raee_serve.retrieval.leave_one_out import LeaveOneOut, Outcome, frontier
+from raee_serve.retrieval.drawing import pyplot
+from raee_serve.retrieval.leave_one_out import LABEL_VOTE_K, LeaveOneOut, Outcome, frontier
 from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
-
-VOTE_K = 32
-"""Neighbours of the label vote that is printed beside the rules."""
 
 DESCRIPTION = """Ask every row of a task as if the table did not hold it, under every rule and many
 settings; print the accuracy-depth frontier, and store the settings that fit the budget in the
@@ -117,7 +115,7 @@ def _baselines(rows: LeaveOneOut) -> list[tuple[float, float, str]]:
     return [
         (1.0, rows.full_depth(), "full depth"),
         (layer / rows.num_layers, accuracy, f"best fixed layer ({layer}), calibrated"),
-        (0.0, rows.label_vote(VOTE_K), f"label vote of {VOTE_K} neighbours, no model"),
+        (0.0, rows.label_vote(LABEL_VOTE_K), f"label vote of {LABEL_VOTE_K} neighbours, no model"),
         (0.0, rows.stacked_vote(), "label vote as stacked exits weigh it, no model"),
     ]
 
@@ -144,8 +142,7 @@ def _draw(
     name: str, rows: LeaveOneOut, best: Sequence[Outcome], chosen: Outcome, target: Path
 ) -> None:
     """The frontier, the choice, and what needs no retrieval beside them."""
-    pyplot: Any = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150)
+    figure, axes = pyplot().subplots(figsize=(6, 4), dpi=150)
     axes.step([o.depth for o in best], [o.accuracy for o in best], where="post", label="frontier")
     axes.plot([chosen.depth], [chosen.accuracy], "o", label=f"chosen: {describe(chosen.choice)}")
     for (depth, accuracy, what), marker in zip(_baselines(rows), "s^x+", strict=True):
@@ -154,14 +151,3 @@ def _draw(
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(target)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise RaeeError("--png needs matplotlib: install raee-serve[plot]") from e
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, Rule, exits
+from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, exits
 from raee_serve.retrieval.heads import (
     BLOCK,
     VOTE_K,
@@ -20,6 +20,7 @@ from raee_serve.retrieval.heads import (
     LeaveOneOutVotes,
     calibrated,
     fused,
+    nearest_others,
     plain,
 )
 from raee_serve.retrieval.stacking import stacked, stacked_vote
@@ -37,6 +38,8 @@ NEIGHBOURS = {
     "fused": (16, 32, 48),
     "stacked": (64, 128),
 }
+LABEL_VOTE_K = 32
+"""Neighbours of the bare label vote that stands beside the rules."""
 VOTE_WEIGHTS = (0.5, 1.0, 2.0, 3.0)
 """Of fused exits; stacked ones have fitted weights."""
 
@@ -72,16 +75,18 @@ class LeaveOneOut:
         self, rule: str, k: int, vote_weight: float, fractions: Sequence[float]
     ) -> Iterator[Outcome]:
         """One outcome for each fraction."""
-        names = RULES[rule].heads
-        heads = [self._head(name, vote_weight) for name in names]
-        scores = (self._scores(h, VOTE_K.get(n, k)) for n, h in zip(names, heads, strict=True))
-        evidence = np.stack([label_evidence(own, self._golds) for own in scores], axis=1)
+        heads = [self._head(name, vote_weight) for name in RULES[rule].heads]
+        evidence = self._evidence(rule, k, vote_weight)
         right = np.stack([self._right(head, k) for head in heads], axis=1)
         for fraction in fractions:
-            layers, chosen = self._exits(RULES[rule], evidence, k, fraction)
+            layers, chosen = self._exits(evidence, RuleChoice(rule, k, fraction, vote_weight))
             correct = right[np.arange(self.num_rows), chosen, layers - 1]
             choice = RuleChoice(rule, k, fraction, vote_weight)
             yield Outcome(choice, float(correct.mean()), float(layers.mean() / self.num_layers))
+
+    def layers(self, choice: RuleChoice) -> NDArray[np.int64]:
+        """[n] exit layer of each row, 1..num_layers."""
+        return self._exits(self._evidence(choice.rule, choice.k, choice.vote_weight), choice)[0]
 
     def every_outcome(self) -> Iterator[Outcome]:
         """Of all rules, with the settings that this module lists."""
@@ -98,8 +103,7 @@ class LeaveOneOut:
 
     def best_layer(self) -> tuple[int, float]:
         """The best fixed layer (1..num_layers), calibrated, and its accuracy."""
-        right = self._right(calibrated(self._logprobs), 1).mean(axis=0)
-        return int(right.argmax()) + 1, float(right.max())
+        return best_fixed_layer(self._logprobs, self._golds)
 
     def label_vote(self, k: int) -> float:
         """Accuracy of the neighbours' vote alone, without any model."""
@@ -111,18 +115,18 @@ class LeaveOneOut:
         weight, offset = stacked_vote(self._golds, votes)
         return float(((weight * votes + offset).argmax(axis=1) == self._golds).mean())
 
+    def _evidence(self, rule: str, k: int, vote_weight: float) -> NDArray[np.float32]:
+        """[n, num_heads, num_layers] exit information of the rows under the rule's heads."""
+        scores = (
+            self._scores(self._head(name, vote_weight), VOTE_K.get(name, k))
+            for name in RULES[rule].heads
+        )
+        return np.stack([label_evidence(own, self._golds) for own in scores], axis=1)
+
     def _exits(
-        self, rule: Rule, evidence: NDArray[np.float32], k: int, fraction: float
+        self, evidence: NDArray[np.float32], choice: RuleChoice
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[n] layers (full depth without evidence), [n] heads; block by block to bound memory."""
-        layers, heads = [], []
-        for start in range(0, self.num_rows, BLOCK):
-            near = self._votes.nearest[start : start + BLOCK, :k]
-            distances = 1 - self._votes.similarities[start : start + BLOCK, :k]
-            layer, head = exits(rule, evidence[near], distances, fraction=fraction)
-            layers.append(np.where(layer == NO_EVIDENCE, self.num_layers, layer))
-            heads.append(head)
-        return np.concatenate(layers), np.concatenate(heads)
+        return _row_exits(self._votes.nearest, self._votes.similarities, evidence, choice)
 
     def _head(self, name: HeadName, vote_weight: float) -> Head:
         if name == "plain":
@@ -138,6 +142,46 @@ class LeaveOneOut:
     def _scores(self, head: Head, k: int) -> Array:
         """[n, num_layers, num_labels], with the vote of k neighbours."""
         return head.scores(self._logprobs, self._votes.log_votes(k))
+
+
+def free_text_exits(
+    vectors: NDArray[np.float32], evidence: NDArray[np.float32], choice: RuleChoice
+) -> NDArray[np.int64]:
+    """[n] exit layer of each row of a free-text task, n at least 2.
+
+    vectors: [n, dimension], L2-normalised; evidence: [n, num_layers].
+    """
+    n = len(vectors)
+    found = list(nearest_others(vectors, np.arange(n), vectors, min(choice.k, n - 1)))
+    nearest, similarities = (np.concatenate(part) for part in zip(*found, strict=True))
+    return _row_exits(nearest, similarities, evidence[:, None], choice)[0]
+
+
+def best_fixed_layer(
+    label_logprobs: NDArray[np.float32], golds: NDArray[np.int32]
+) -> tuple[int, float]:
+    """The layer (1..num_layers) that answers most rows correctly when calibrated, and its share."""
+    no_votes = np.zeros((len(golds), label_logprobs.shape[2]))
+    scores = calibrated(label_logprobs).scores(label_logprobs, no_votes)
+    right = (scores.argmax(axis=2) == golds[:, None]).mean(axis=0)
+    return int(right.argmax()) + 1, float(right.max())
+
+
+def _row_exits(
+    nearest: NDArray[np.int32],
+    similarities: NDArray[np.float32],
+    evidence: NDArray[np.float32],
+    choice: RuleChoice,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[n] layers (full depth without evidence), [n] heads; block by block to bound memory."""
+    layers, heads = [], []
+    for start in range(0, len(nearest), BLOCK):
+        near = nearest[start : start + BLOCK, : choice.k]
+        distances = 1 - similarities[start : start + BLOCK, : choice.k]
+        layer, head = exits(RULES[choice.rule], evidence[near], distances, fraction=choice.fraction)
+        layers.append(np.where(layer == NO_EVIDENCE, evidence.shape[2], layer))
+        heads.append(head)
+    return np.concatenate(layers), np.concatenate(heads)
 
 
 def frontier(outcomes: Sequence[Outcome]) -> list[Outcome]:

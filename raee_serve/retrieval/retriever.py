@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,25 @@ from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import HeadName, label_counts, log_votes
 from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.retrieval.search import IndexedSearch, InMemorySearch, Neighbours, Search
-from raee_serve.retrieval.task_index import HEADS, TaskIndex, load_task
-from raee_serve.retrieval.vector_cache import VectorCache
-from raee_serve.table.schema import RuleChoice, TableMetadata
+from raee_serve.retrieval.task_index import (
+    FAR_NEIGHBOURS,
+    HEADS,
+    MIN_BOUND,
+    TaskIndex,
+    far_neighbours,
+    load_task,
+)
+from raee_serve.retrieval.vector_cache import Encodes, VectorCache
+from raee_serve.table.schema import EncoderIdentity, RuleChoice, TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS
+
+
+class KnowsItself(Encodes, Protocol):
+    """An encoder that says which one it is, as `Encoder` does."""
+
+    def identity(self) -> EncoderIdentity: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +110,7 @@ class ExitRetriever:
         uri: str,
         *,
         backbone: BackboneIdentity,
-        encoder: str | None = None,
+        encoder: str | KnowsItself | None = None,
         max_distance: float | None = None,
         fraction: float | None = None,
         vote_weight: float | None = None,
@@ -105,10 +118,10 @@ class ExitRetriever:
         rows_in_memory_mb: float = ROWS_IN_MEMORY_MB,
         old: ExitRetriever | None = None,
     ) -> ExitRetriever:
-        """Loads a table and its encoder (`encoder` overrides where that is found).
+        """Loads a table and its encoder (`encoder` overrides where that is found, or is it).
 
-        max_distance: cosine distance beyond which a nearest row is too far, for all tasks; by
-        default each task has its own bound, see BOUND_QUANTILE.
+        max_distance: mean cosine distance beyond which the nearest rows are far, for all tasks; by
+        default each task has its own bound, see FAR_NEIGHBOURS.
         fraction, vote_weight: for all tasks; by default what `calibrate` stored, or the defaults.
         encoder_backend: see `Encoder`. rows_in_memory_mb: see ROWS_IN_MEMORY_MB; a larger table is
         searched through its index.
@@ -126,12 +139,14 @@ class ExitRetriever:
                     f"exit table {uri} holds an unknown task {name!r}; known: {', '.join(TASKS)}"
                 )
             metadata.check_task(TASKS[name], uri)
-        if old is None:
-            model = Encoder(encoder or metadata.encoder.name, backend=encoder_backend)
-            identity, cache, encoder_backend = model.identity(), VectorCache(model), model.backend
-        else:
+        if old is not None:
             identity, cache = old.encoder_identity, old._encoder
             encoder_backend = old.encoder_backend
+        else:
+            model = encoder or metadata.encoder.name
+            if isinstance(model, str):
+                model = Encoder(model, backend=encoder_backend)
+            identity, cache = model.identity(), VectorCache(model)
         metadata.check_encoder(identity, uri)
         filled = [name for name in metadata.tasks if table.count(name)]
         if not filled:
@@ -154,7 +169,7 @@ class ExitRetriever:
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
 
-        Full depth where the nearest row is too far (FAR) or no neighbour was answered correctly
+        Full depth where the nearest rows are too far (FAR) or no neighbour was answered correctly
         (NO_EVIDENCE). `lookup_ms` is the time of the whole batch.
         Raises RaeeError for k < 1, an unknown rule or an unknown task.
         """
@@ -198,7 +213,14 @@ class ExitRetriever:
 
     def _most_neighbours(self, lookup: Lookup) -> int:
         """How many it may need: k depends on which task the nearest row is of."""
-        return max(_choice_for(lookup, self.choices[name]).k for name in lookup.candidates)
+        most = max(_choice_for(lookup, self.choices[name]).k for name in lookup.candidates)
+        return max(most, FAR_NEIGHBOURS)
+
+    def _is_far(self, owner: int, searched: tuple[str, ...], found: Neighbours) -> bool:
+        """Whether the nearest rows say nothing of the prompt; see `FAR_NEIGHBOURS`."""
+        judged = far_neighbours(sum(self.rows_by_task[name] for name in searched))
+        close = found.distances[:judged].mean()
+        return bool(found.distances[0] > MIN_BOUND and close > self._bounds[owner])
 
     def _decide_one(self, lookup: Lookup, found: Neighbours) -> ExitDecision:
         """found: at least as many as the look-up needs, unless the tasks have fewer."""
@@ -218,7 +240,7 @@ class ExitRetriever:
                 self._bounds[owner],
                 lookup.min_layer,
             )
-        if distances[0] > self._bounds[owner]:
+        if self._is_far(owner, lookup.candidates, found):
             return ExitDecision.full(self.num_layers, Reason.FAR, **about)
         chosen = decide(rule, evidence, distances, fraction=choice.fraction)
         if chosen is None:

@@ -31,13 +31,16 @@ from raee_serve.table.store import ExitTable
 
 HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
 """The order in which a row's exit information is held."""
-BOUND_QUANTILE = 0.99
+FAR_NEIGHBOURS = 12
+BOUND_QUANTILE = 0.97
 BOUND_SAMPLE = 1000
-"""A prompt is far if its nearest row is farther than the nearest other row is from nearly all
-(BOUND_QUANTILE) of the task's own rows, judged on up to BOUND_SAMPLE of them."""
+"""A prompt is far if its FAR_NEIGHBOURS nearest rows are on average farther away than their nearest
+other rows are from nearly all (BOUND_QUANTILE) of the task's own rows, judged on up to BOUND_SAMPLE
+of them. The nearest row alone tells prompts of other tasks apart less well: some row is near to
+almost any text. See benchmarks/far_prompts.py."""
 MIN_BOUND = 1e-3
-"""Least distance bound: the same text embedded in another batch differs by about 1e-6, so that a
-task with a single row still knows its own text."""
+"""A row no farther than this is of the prompt's own text (embedded in another batch it differs by
+about 1e-6), which is never far."""
 ALL_VOTE = 50_000
 VOTERS = 16_384
 """In a task of more than ALL_VOTE rows so many of them, drawn once, vote on table rows, and heads
@@ -61,7 +64,7 @@ class TaskIndex:
     evidence: [n, len(HEADS), num_layers] float32, see `aggregate`; for free text the heads after
         the first hold nothing.
     labels: [n] int32, gold label of each row; 0 for free text.
-    distance_bound: cosine distance beyond which the nearest row says nothing.
+    distance_bound: mean cosine distance beyond which the nearest rows say nothing.
     choice: how exits are chosen unless a look-up says otherwise.
     heads: those that bias label words, by name; empty for free text.
     """
@@ -192,14 +195,18 @@ def _choice(
     table: ExitTable, entry: TaskEntry, fraction: float | None, vote_weight: float | None
 ) -> RuleChoice:
     """What `calibrate` stored, or the default, with what is set for all tasks."""
-    rule = DEFAULT_LABEL_RULE if entry.kind == "labels" else DEFAULT_FREE_TEXT_RULE
-    default = RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
-    choice = table.metadata.choices.get(entry.name, default)
+    choice = table.metadata.choices.get(entry.name) or default_choice(entry)
     return replace(
         choice,
         fraction=choice.fraction if fraction is None else fraction,
         vote_weight=choice.vote_weight if vote_weight is None else vote_weight,
     )
+
+
+def default_choice(entry: TaskEntry) -> RuleChoice:
+    """How exits of a task are chosen if nothing else is stored or asked for."""
+    rule = DEFAULT_LABEL_RULE if entry.kind == "labels" else DEFAULT_FREE_TEXT_RULE
+    return RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
 
 
 def _slices(vectors: NDArray[np.float32], at_once: int) -> Blocks:
@@ -215,15 +222,28 @@ def _numbered(blocks: Blocks) -> Iterator[tuple[int, NDArray[np.float32]]]:
 
 
 def _distance_bound(blocks: Blocks, drawn: _Drawn) -> float:
-    """BOUND_QUANTILE of the distances of some of the drawn rows to their nearest other row."""
+    """BOUND_QUANTILE of the mean distances of some drawn rows to their nearest other rows."""
     if len(drawn.positions) < 2:
         return MIN_BOUND
     chosen = np.random.default_rng(0).permutation(len(drawn.positions))[:BOUND_SAMPLE]
     sample, own = drawn.vectors[chosen], drawn.positions[chosen]
-    nearest = np.full(len(sample), -np.inf)
+    nearest, num_rows = np.empty((len(sample), 0), np.float32), 0
     for first, block in _numbered(blocks):
         similarities = sample @ block.T
         here = (first <= own) & (own < first + len(block))
         similarities[here, own[here] - first] = -np.inf
-        nearest = np.maximum(nearest, similarities.max(axis=1))
-    return max(float(np.quantile(1 - nearest, BOUND_QUANTILE)), MIN_BOUND)
+        nearest = _most_similar(np.concatenate([nearest, similarities], axis=1), FAR_NEIGHBOURS)
+        num_rows = first + len(block)
+    nearest = _most_similar(nearest, far_neighbours(num_rows))
+    return max(float(np.quantile(1 - nearest.mean(axis=1), BOUND_QUANTILE)), MIN_BOUND)
+
+
+def _most_similar(similarities: NDArray[np.float32], k: int) -> NDArray[np.float32]:
+    """[n, m] -> [n, k] (or all m): the largest of each row, in no order."""
+    k = min(k, similarities.shape[1])
+    return -np.partition(-similarities, k - 1, axis=1)[:, :k]
+
+
+def far_neighbours(num_rows: int) -> int:
+    """How many of the nearest of so many rows are judged: as many as each has others."""
+    return max(1, min(FAR_NEIGHBOURS, num_rows - 1))

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-distance",
         type=float,
         metavar="D",
-        help="cosine distance of the nearest row beyond which a prompt runs at full depth "
+        help="mean cosine distance of the nearest rows beyond which a prompt runs at full depth "
         "(default: per task, from the table)",
     )
     parser.add_argument(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -11,7 +13,7 @@ from raee_serve.checkpoints import local_checkpoint
 from raee_serve.errors import RaeeError, TableError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder
+from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder, finish_task, plan_task
 from raee_serve.table.datasets import DEFAULT_ROOT, Example, load_examples
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.schema import TableMetadata
@@ -51,6 +53,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the backbone's weights")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle before --limit")
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="encode and probe over a Ray cluster: the one at host:port (or ray://host:port), or a "
+        "new one on this machine",
+    )
+    parser.add_argument(
+        "--ray-workers",
+        type=int,
+        metavar="N",
+        help="workers that hold the backbone (default: one per GPU, or as the CPUs allow)",
+    )
     parser.add_argument("--store-text", action="store_true", help="keep the texts in the table")
     parser.add_argument(
         "--replace",
@@ -66,6 +82,8 @@ def run(args: Namespace) -> None:
     if args.batch_size < 1:
         raise RaeeError(f"--batch-size {args.batch_size} is not allowed, it must be at least 1")
     # Everything cheap that can fail comes before the backbone is loaded.
+    if args.ray_workers is not None and (args.ray_workers < 1 or not args.ray):
+        raise RaeeError(f"--ray-workers {args.ray_workers} must be at least 1, and goes with --ray")
     work = [(task, _sample(task, args)) for task in map(get_task, dict.fromkeys(args.task))]
     checkpoint = local_checkpoint(args.model)
     encoder = Encoder(args.encoder, threads=torch.get_num_threads())
@@ -74,6 +92,10 @@ def run(args: Namespace) -> None:
     if not args.replace:
         for task, _ in work:
             table.metadata.check_task(task, args.table)
+    if args.ray:
+        _run_over_cluster(args, work, table, str(checkpoint))
+        _compact(table)
+        return
     probe = LayerProbe(checkpoint, DTYPES[args.dtype])
     for task, examples in work:
         builder = TaskBuilder(
@@ -94,6 +116,33 @@ def _compact(table: ExitTable) -> None:
         table.compact()
     except TableError as e:  # the rows are in; another builder that is at work compacts later
         print(f"raee-serve build: not compacted: {e}", flush=True)
+
+
+def _run_over_cluster(
+    args: Namespace, work: Sequence[tuple[Task, list[Example]]], table: ExitTable, checkpoint: str
+) -> None:
+    from raee_serve.table import ray_build
+
+    backbone = ray_build.ReadBackbone(checkpoint)
+    plans = [
+        plan_task(task, table, backbone, rows, args.batch_size, replace=args.replace)
+        for task, rows in work
+    ]
+    names = (_wherever(args.model), _wherever(args.encoder))
+    models = ray_build.Models(*names, DTYPES[args.dtype], table.metadata)
+    with ray_build.cluster(args.ray) as resources:
+        pools = ray_build.Pools.of(resources, args.ray_workers)
+        print(f"raee-serve: {pools.probe} Ray workers probe, up to {pools.encode} encode")
+        ray_build.build_over_cluster(table, plans, models, pools, store_text=args.store_text)
+    for plan in plans:
+        finish_task(table, plan)
+        line = f"{plan.entry.name}: {plan.added} rows added, {plan.kept} kept"
+        print(line + (f", {plan.truncated} prompts truncated" if plan.truncated else ""))
+
+
+def _wherever(name: str) -> str:
+    """A directory by its full path, for processes that run in another one; else as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def _sample(task: Task, args: Namespace) -> list[Example]:

@@ -14,16 +14,11 @@ from raee_serve.fingerprint import identify_backbone
 from raee_serve.records import Reason
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
-from raee_serve.table.build import (
-    BATCHES_PER_COMMIT,
-    Item,
-    TaskBuilder,
-    free_text_layers,
-    length_batches,
-)
+from raee_serve.table.build import BATCHES_PER_COMMIT, TaskBuilder
 from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.prompts import CompletionPrompt
+from raee_serve.table.rows import Item, free_text_layers, length_batches
 from raee_serve.table.schema import TableMetadata, row_id
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import TASKS, get_task
@@ -191,10 +186,12 @@ def test_free_text_layers_end_with_the_last_two():
 
 
 def test_batches_keep_to_the_budget_and_hold_every_item_once():
-    lengths = sorted(np.random.default_rng(0).integers(1, 60, 200).tolist(), reverse=True)
+    lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
     items = [Item(str(i), EXAMPLES[0], [0] * n, []) for i, n in enumerate(lengths)]
     batches = list(length_batches(items, 100))
-    assert [item for batch in batches for item in batch] == items
+    batched = [item for batch in batches for item in batch]
+    assert {item.id for item in batched} == {item.id for item in items}
+    assert [item.length for item in batched] == sorted(lengths, reverse=True)
     for batch in batches:
         assert len(batch) * batch[0].length <= 100
     assert list(length_batches(items[:1], 1)) == [items[:1]]
@@ -280,6 +277,6 @@ def test_command_line_without_a_command(capsys):
     for argv in ([], ["build", "--nonsense"], ["table", "sell"], ["train"]):
         with pytest.raises(SystemExit):
             cli.main(argv)
-    assert "'table check', 'calibrate', 'serve', 'preview', 'eval'" in capsys.readouterr().err
+    assert "'table plot', 'calibrate', 'serve', 'preview', 'eval'" in capsys.readouterr().err
     assert cli.main(["table", "info", "/nowhere"]) == 1
     assert "exit table /nowhere: no such directory" in capsys.readouterr().err

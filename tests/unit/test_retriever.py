@@ -159,6 +159,22 @@ def test_far_prompts_run_at_full_depth(retriever):
     assert decision.task == "sst2" and decision.distance > 0.5
 
 
+def test_one_stray_row_brings_no_foreign_prompt_near(encoder, tmp_path):
+    stray = "quantum chromodynamics on a lattice"
+    kinds = ("fine", "dull", "slow", "loud", "sweet", "sad", "odd", "grim")
+    texts = [f"a {kind} {what}" for kind in kinds for what in ("film", "movie", "plot", "scene")]
+    table = ExitTable.open_or_create(str(tmp_path / "strays"), metadata(encoder.identity()))
+    table.put_task(entry("sst2"))
+    rows = [*texts, "a wild film", "a wild plot", "a wild scene", stray]
+    table.add("sst2", label_rows(rows, encoder.encode(rows)))
+    retriever = ExitRetriever.open(table.uri, backbone=BACKBONE)
+    foreign, own, in_task = retriever.decide(
+        [sst2(f"{stray} of spins"), sst2(stray), sst2("a fine and wild film")]
+    )
+    assert foreign.reason == Reason.FAR and foreign.distance < 0.3  # near to one row only
+    assert (own.reason, in_task.reason) == (Reason.RETRIEVED, Reason.RETRIEVED)
+
+
 def test_distance_bound_may_be_set(uri):
     near, wide = (
         ExitRetriever.open(uri, backbone=BACKBONE, max_distance=bound) for bound in (0.01, 2.0)

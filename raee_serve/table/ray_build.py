@@ -1,0 +1,191 @@
+"""Builds tables over a Ray cluster: encode and probe are Ray Data stages, this process writes.
+
+Groups of batches, which one process would work through in turn, are the rows of a Ray data set. A
+pool of workers with the encoder embeds their texts, a pool with the backbone probes their prompts,
+and what comes back is written as it comes: rows that are in the table when a build is killed stay,
+and the next build asks for the others alone. The only module that imports ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+from raee_serve.checkpoints import local_checkpoint
+from raee_serve.errors import RaeeError
+from raee_serve.fingerprint import identify_backbone
+from raee_serve.retrieval.encoder import Encoder
+from raee_serve.table.build import TaskWork
+from raee_serve.table.probe import LayerProbe
+from raee_serve.table.rows import Batch, RowMaker
+from raee_serve.table.schema import TableMetadata, TaskRows
+from raee_serve.table.store import ExitTable
+
+LOCAL = "local"
+"""The address that stands for a cluster of its own on this machine."""
+ENCODER_SHARE = 4
+"""Without GPUs one worker in so many embeds: a backbone takes far longer for a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What workers load, and what it must turn out to be on every machine of the cluster.
+
+    backbone, encoder: names, directories or hub ids; dtype: of the backbone, None for the
+    device's own.
+    """
+
+    backbone: str
+    encoder: str
+    dtype: torch.dtype | None
+    expected: TableMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """How many workers of either kind, each with one CPU; gpus: whether those that probe have one
+    each."""
+
+    encode: int
+    probe: int
+    gpus: bool
+
+    @classmethod
+    def of(cls, resources: dict[str, float], workers: int | None) -> Pools:
+        """As a cluster's resources allow; workers: how many probe, if that is set.
+
+        Raises RaeeError for a cluster without the CPUs for one worker of either kind.
+        """
+        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        if cpus < 1 + (workers or 1):
+            raise RaeeError(
+                f"the Ray cluster has {cpus} CPUs; {workers or 1} to probe and one to encode are "
+                "needed"
+            )
+        probe = workers or min(gpus, cpus - 1) or cpus - max(1, cpus // ENCODER_SHARE)
+        return cls(encode=cpus - probe, probe=probe, gpus=gpus >= probe)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of batches on its way through the stages. vectors: None until they are embedded."""
+
+    maker: RowMaker
+    batches: Sequence[Batch]
+    vectors: Any = None
+
+
+class EncodeStage:
+    """A worker with the encoder."""
+
+    def __init__(self, models: Models) -> None:
+        self._encoder = Encoder(models.encoder)
+        models.expected.check_encoder(self._encoder.identity(), "to be built")
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        group = row["group"]
+        vectors = group.maker.vectors(self._encoder, group.batches)
+        return {"group": Group(group.maker, group.batches, vectors)}
+
+
+class ProbeStage:
+    """A worker with the backbone."""
+
+    def __init__(self, models: Models) -> None:
+        checkpoint = local_checkpoint(models.backbone)
+        models.expected.check_backbone(identify_backbone(checkpoint), "to be built")
+        self._probe = LayerProbe(checkpoint, models.dtype)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        group = row["group"]
+        scores = [group.maker.scores(self._probe, batch) for batch in group.batches]
+        rows = group.maker.rows(group.batches, group.vectors, scores)
+        return {"rows": (group.maker.entry.name, rows)}
+
+
+class ReadBackbone:
+    """What tokenising needs of a checkpoint, its weights left alone; see `ReadsPrompts`."""
+
+    def __init__(self, checkpoint: str) -> None:
+        config = AutoConfig.from_pretrained(checkpoint).get_text_config()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+        self.num_layers = int(config.num_hidden_layers)
+        self.max_length = int(config.max_position_embeddings)
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[dict[str, float]]:
+    """Connected to the cluster at `address`, or to a new local one; its resources.
+
+    Raises RaeeError if ray is missing or the cluster cannot be reached.
+    """
+    try:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
+        import ray
+    except ImportError as e:
+        raise RaeeError("--ray needs Ray: install raee-serve[ray]") from e
+    # Two workers of one CPU each at the least, however few cores there are.
+    num_cpus = max(2, os.cpu_count() or 1) if address == LOCAL else None
+    try:
+        ray.init(address=address, num_cpus=num_cpus, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as e:
+        raise RaeeError(f"cannot join the Ray cluster at {address}: {e}") from e
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def build_over_cluster(
+    table: ExitTable,
+    work: Sequence[TaskWork],
+    models: Models,
+    pools: Pools,
+    *,
+    store_text: bool = False,
+    progress: bool = True,
+) -> None:
+    """Makes and stores the rows of all tasks, in the order in which workers finish them.
+
+    Within `cluster`. What is done when this ends early, or is killed, stays done. Raises RaeeError
+    if a worker fails, a BindingError of its own included.
+    """
+    groups = [
+        Group(RowMaker(task.entry, store_text), batches) for task in work for batches in task.groups
+    ]
+    total = sum(task.added for task in work)
+    with tqdm(total=total, unit="row", disable=not progress) as bar:
+        for task, rows in _finished(groups, models, pools):
+            table.add(task, rows)
+            bar.update(len(rows))
+
+
+def _finished(
+    groups: Sequence[Group], models: Models, pools: Pools
+) -> Iterator[tuple[str, TaskRows]]:
+    """(task, rows) of each group, as they come."""
+    if not groups:
+        return
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    loaded: dict[str, Any] = {"fn_constructor_args": (models,), "num_cpus": 1}
+    rows: list[Any] = [{"group": group} for group in groups]
+    made = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map(cast(Any, EncodeStage), concurrency=(1, pools.encode), **loaded)
+        .map(cast(Any, ProbeStage), concurrency=pools.probe, num_gpus=int(pools.gpus), **loaded)
+    )
+    try:
+        for row in made.iter_rows():
+            yield row["rows"]
+    except ray.exceptions.RayError as e:
+        raise RaeeError(f"a Ray worker failed: {e}") from e
