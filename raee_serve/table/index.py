@@ -27,11 +27,17 @@ PARTITION_ROWS = 4096
 
 MIN_PROBES = 20
 """Partitions looked into, at least; more only while a task's rows found are fewer than asked."""
-EF_FACTOR = 8
-"""Candidates that HNSW keeps, for each neighbour asked for."""
-REFINE_FACTOR = 4
+LEAST_EF = 768
+"""Candidates that a search through HNSW keeps, at least, and EF_FACTOR for each neighbour asked
+for. In dense regions fewer miss neighbours: with 200,000 rows 384 found 98.8% of 12, 192 94%."""
+EF_FACTOR = 4
+REFINE_FACTOR = 2
 """Rows fetched with their own vectors for each neighbour asked for: compressed vectors only
 preselect, and distances are exact."""
+PQ_REFINED = 512
+"""Rows that IVF_PQ, whose vectors are compressed most, has fetched at least."""
+PQ_VALUES = 8
+"""Values of a vector that IVF_PQ keeps as one byte."""
 
 COLUMN = "vector"
 Found = tuple[NDArray[np.uint64], NDArray[np.float32]]
@@ -54,15 +60,19 @@ class VectorIndex:
     def __init__(self, table: Any, where: Callable[[Sequence[str]], str]) -> None:
         self._table = table
         self._where = where
+        self._asked_kind: str | None = None
 
     def build(self, kind: str, num_rows: int) -> None:
         """Makes or replaces the index. Raises TableError for an unknown kind."""
         if kind not in KINDS:
             raise TableError(f"unknown kind of index {kind!r}; allowed: {', '.join(KINDS)}")
-        partitions = {}
+        options = {}
         if kind != "IVF_HNSW_SQ":  # its graphs are best few and large, as LanceDB makes them
-            partitions["num_partitions"] = max(1, num_rows // PARTITION_ROWS)
-        config = KINDS[kind](distance_type=METRIC, **partitions)
+            options["num_partitions"] = max(1, num_rows // PARTITION_ROWS)
+        if kind == "IVF_PQ":
+            width = self._table.schema.field(COLUMN).type.list_size
+            options["num_sub_vectors"] = max(1, width // PQ_VALUES)
+        config = KINDS[kind](distance_type=METRIC, **options)
         self._table.create_index(COLUMN, config=config, replace=True)
         self._table.create_index("task", config=Bitmap(), replace=True)
 
@@ -93,13 +103,20 @@ class VectorIndex:
             query = query.bypass_vector_index()
         else:
             query = query.minimum_nprobes(MIN_PROBES).maximum_nprobes(0)
-            query = query.ef(EF_FACTOR * k).refine_factor(REFINE_FACTOR)
+            query = query.ef(max(LEAST_EF, EF_FACTOR * k)).refine_factor(self._refine_factor(k))
         found = query.to_arrow()
         keys, distances = found["_rowid"].to_numpy(), found["_distance"].to_numpy()
         if len(queries) == 1:
             return [(keys, np.clip(distances, 0, 2))]
         of = found["query_index"].to_numpy()
         return [(keys[of == i], np.clip(distances[of == i], 0, 2)) for i in range(len(queries))]
+
+    def _refine_factor(self, k: int) -> int:
+        if self._asked_kind is None:
+            self._asked_kind = self.kind
+        if self._asked_kind == "IVF_PQ":
+            return max(REFINE_FACTOR, PQ_REFINED // k)
+        return REFINE_FACTOR
 
     def _name(self) -> str | None:
         for config in self._table.list_indices():

@@ -48,6 +48,7 @@ def test_rows_outside_the_index_are_wrong_when_they_are_many(table, capsys):
 def test_an_index_that_finds_too_little_is_wrong(table, capsys, monkeypatch):
     table.build_index("IVF_PQ")
     monkeypatch.setattr("raee_serve.table.index.REFINE_FACTOR", 1)
+    monkeypatch.setattr("raee_serve.table.index.PQ_REFINED", 1)
     code, text = check(table, capsys, "--recall", "1.0")
     assert code == 1 and "less than 1" in text
 
