@@ -84,7 +84,7 @@ class VectorIndex:
 
     @property
     def unindexed_rows(self) -> int:
-        """Rows added since the index was built; they are found, but one by one."""
+        """Rows, records too, added since the index was built; they are found, but one by one."""
         name = self._name()
         assert name is not None
         return int(self._table.index_stats(name).num_unindexed_rows)

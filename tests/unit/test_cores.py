@@ -65,7 +65,7 @@ def test_look_ups_keep_to_the_cores_they_are_given_and_nothing_else_does():
     async def scenario():
         service = LookupBatcher(decide, num_layers=4, timeout_s=5)
         service.keep_to({CORES[-1]})
-        await service._decided([SimpleNamespace(lookup=None)])
+        await service._decided([SimpleNamespace(lookup=None, since=0.0)])
         service.close()
 
     asyncio.run(scenario())
