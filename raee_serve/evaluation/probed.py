@@ -61,7 +61,8 @@ class ProbeCache:
         """Raises BindingError if the encoder found is not the table's."""
         ids = [row_id(task.name, example.text, example.gold) for example in examples]
         table = ExitTable.open_or_create(str(self._folder(task)), self._metadata)
-        if not set(ids) <= table.row_ids(task.name):
+        known = table.row_ids(task.name) if task.name in table.metadata.tasks else set()
+        if not set(ids) <= known:
             probe, encoder = self._loaded()
             TaskBuilder(task, table, probe, encoder).build(examples)
         return _in_order(table.rows(task.name), ids, [example.text for example in examples])
