@@ -7,6 +7,7 @@ normalisation stay those of sentence-transformers.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from filelock import FileLock
 
@@ -31,6 +31,7 @@ class OnnxTransformer(torch.nn.Module):
 
     def __init__(self, file: Path, config: Any, threads: int) -> None:
         super().__init__()
+        onnxruntime = _onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 1: on the calling thread, wherever that is bound
         options.inter_op_num_threads = 1
@@ -44,6 +45,15 @@ class OnnxTransformer(torch.nn.Module):
     def forward(self, **features: Any) -> dict[str, torch.Tensor]:
         feeds = {name: features[name].numpy() for name in self._inputs}
         return {OUTPUT: torch.from_numpy(self._session.run([OUTPUT], feeds)[0])}
+
+
+def _onnxruntime() -> Any:
+    """The package, imported when it is needed, without its telemetry: that keeps a database in the
+    user's cache, for whose lock several processes wait for minutes, and would call home."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
 
 
 def exported(transformer: torch.nn.Module, example: dict[str, Any], key: str, int8: bool) -> Path:
@@ -108,6 +118,8 @@ def _quantised(file: Path) -> Path:
     """Weights in 8 bits, but for those that make a long vector short: what they are multiplied with
     (in a feed-forward block after the activation function) has outliers that 8 bits cannot hold."""
     import onnx
+
+    _onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(file).graph
