@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -31,6 +33,7 @@ from raee_serve.table.store import ExitTable
 
 LOCAL = "local"
 """The address that stands for a cluster of its own on this machine."""
+CONNECT_TIMEOUT_S = 10
 ENCODER_SHARE = 4
 """Without GPUs one worker in so many embeds: a backbone takes far longer for a prompt."""
 
@@ -91,9 +94,9 @@ class EncodeStage:
         models.expected.check_encoder(self._encoder.identity(), "to be built")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        group = row["group"]
+        group: Group = pickle.loads(row["group"])
         vectors = group.maker.vectors(self._encoder, group.batches)
-        return {"group": Group(group.maker, group.batches, vectors)}
+        return {"group": pickle.dumps(replace(group, vectors=vectors))}
 
 
 class ProbeStage:
@@ -105,10 +108,10 @@ class ProbeStage:
         self._probe = LayerProbe(checkpoint, models.dtype)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        group = row["group"]
+        group: Group = pickle.loads(row["group"])
         scores = [group.maker.scores(self._probe, batch) for batch in group.batches]
         rows = group.maker.rows(group.batches, group.vectors, scores)
-        return {"rows": (group.maker.entry.name, rows)}
+        return {"rows": pickle.dumps((group.maker.entry.name, rows))}
 
 
 class ReadBackbone:
@@ -132,16 +135,26 @@ def cluster(address: str) -> Iterator[dict[str, float]]:
         import ray
     except ImportError as e:
         raise RaeeError("--ray needs Ray: install raee-serve[ray]") from e
+    if address != LOCAL:
+        _check_reachable(address)
     # Two workers of one CPU each at the least, however few cores there are.
     num_cpus = max(2, os.cpu_count() or 1) if address == LOCAL else None
-    try:
-        ray.init(address=address, num_cpus=num_cpus, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as e:
-        raise RaeeError(f"cannot join the Ray cluster at {address}: {e}") from e
+    ray.init(address=address, num_cpus=num_cpus, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises RaeeError if nothing listens there, at which Ray would end this process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as e:
+        raise RaeeError(
+            f"cannot join a Ray cluster at {address!r}: {e}; expected host:port or ray://host:port"
+        ) from e
 
 
 def build_over_cluster(
@@ -175,18 +188,29 @@ def _finished(
     """(task, rows) of each group, as they come."""
     if not groups:
         return
-    import ray.data
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext, from_items
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     loaded: dict[str, Any] = {"fn_constructor_args": (models,), "num_cpus": 1}
-    rows: list[Any] = [{"group": group} for group in groups]
+    rows: list[Any] = [{"group": pickle.dumps(group)} for group in groups]
     made = (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(cast(Any, EncodeStage), concurrency=(1, pools.encode), **loaded)
-        .map(cast(Any, ProbeStage), concurrency=pools.probe, num_gpus=int(pools.gpus), **loaded)
+        from_items(rows, override_num_blocks=len(rows))
+        .map(
+            cast(Any, EncodeStage),
+            compute=ActorPoolStrategy(min_size=1, max_size=pools.encode),
+            **loaded,
+        )
+        .map(
+            cast(Any, ProbeStage),
+            compute=ActorPoolStrategy(size=pools.probe),
+            num_gpus=int(pools.gpus),
+            **loaded,
+        )
     )
     try:
         for row in made.iter_rows():
-            yield row["rows"]
+            yield pickle.loads(row["rows"])
     except ray.exceptions.RayError as e:
         raise RaeeError(f"a Ray worker failed: {e}") from e

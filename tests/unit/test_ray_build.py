@@ -1,6 +1,7 @@
 """Building over a Ray cluster: the same table as one process builds."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +48,7 @@ def address():
     """A cluster of two nodes on this machine: two CPUs and one, none of them promised to exist."""
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else last in turn on a busy machine
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     cluster.add_node(num_cpus=1)
     yield cluster.address
@@ -150,7 +152,8 @@ def test_tokenising_needs_no_weights(checkpoint):
     [
         (["--ray-workers", "2"], "goes with --ray"),
         (["--ray", "--ray-workers", "0"], "must be at least 1"),
-        (["--ray", "127.0.0.1:1"], "cannot join the Ray cluster at 127.0.0.1:1"),
+        (["--ray", "127.0.0.1:1"], "cannot join a Ray cluster at '127.0.0.1:1'"),
+        (["--ray", "somewhere"], "expected host:port or ray://host:port"),
     ],
 )
 def test_what_cannot_be_is_one_line(checkpoint, tmp_path, arguments, message, capsys):
