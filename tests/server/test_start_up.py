@@ -19,7 +19,7 @@ pytestmark = pytest.mark.server
 def refused(monkeypatch, capsys):
     """Runs `raee-serve serve` with these arguments and gives the one-line error it ends with."""
 
-    async def serve(args, gate):
+    async def serve(args, gate, watch_table_s):
         pytest.fail("the server would have started")
 
     monkeypatch.setattr(vllm_server, "serve", serve)
@@ -124,7 +124,7 @@ def test_another_encoder_names_both_sides(refused, built_table, minilm, tmp_path
 def test_the_kill_switch_starts_vllms_own_engine_without_the_table(monkeypatch, smollm2, capsys):
     started = {}
 
-    async def serve(args, gate):
+    async def serve(args, gate, watch_table_s):
         started.update(args=args, gate=gate)
 
     monkeypatch.setattr(vllm_server, "serve", serve)
