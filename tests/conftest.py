@@ -4,10 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from raee_serve.checkpoints import resolve_backbone, resolve_encoder
 
 REPOSITORY = Path(__file__).parent.parent
+
+settings.register_profile("shared machine", deadline=None)  # no test is judged by its time
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")
