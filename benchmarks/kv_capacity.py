@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from benchmarks.arguments import add_model_arguments
 from benchmarks.machine import machine
 from benchmarks.statistics import paired_ratio
 from benchmarks.throughput import DEPTHS, depth_named, mixes
 from benchmarks.workloads import Workload
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.engine.settings import engine_options, exit_args
-from raee_serve.table.probe import default_dtype
 
 BLOCK, MAX_LEN = 128, 512
 ENVIRONMENT = {
@@ -221,13 +221,7 @@ def main() -> None:
         run_engine()
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument(
-        "--dtype",
-        default=str(default_dtype(torch.device("cpu"))).removeprefix("torch."),
-        choices=["bfloat16", "float32"],
-        help="default: what this CPU computes in (%(default)s)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--segments", default="auto", metavar="N|auto")
     parser.add_argument(
         "--depths",

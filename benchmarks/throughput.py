@@ -21,8 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.arguments import add_model_arguments
 from benchmarks.machine import machine
 from benchmarks.statistics import Ratio, paired_ratio
 from benchmarks.systems import Job, System, run_side_by_side
@@ -31,7 +30,6 @@ from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cut import cut_checkpoint
 from raee_serve.engine.settings import engine_options
 from raee_serve.fingerprint import identify_backbone
-from raee_serve.table.probe import default_dtype
 
 MIXES = ("six-depths", "half-shallow")
 """Uniform random over six depths; half at a third of the layers, half at full depth."""
@@ -229,13 +227,7 @@ def report(workload: Workload, what: str, ratio: Ratio) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument(
-        "--dtype",
-        default=str(default_dtype(torch.device("cpu"))).removeprefix("torch."),
-        choices=["bfloat16", "float32"],
-        help="default: what this CPU computes in (%(default)s)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument(
         "--depths",

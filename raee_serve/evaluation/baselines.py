@@ -13,21 +13,23 @@ from numpy.typing import NDArray
 
 from raee_serve.evaluation.probed import ProbedTask
 from raee_serve.retrieval.heads import (
-    BLOCK,
     VOTE_K,
     LeaveOneOutVotes,
     calibrated,
     label_counts,
     log_votes,
+    nearest_others,
 )
-from raee_serve.retrieval.leave_one_out import LABEL_VOTE_K, best_fixed_layer
+from raee_serve.retrieval.leave_one_out import (
+    LABEL_VOTE,
+    LABEL_VOTE_K,
+    WEIGHED_VOTE,
+    best_fixed_layer,
+)
 from raee_serve.retrieval.stacking import stacked_vote
 from raee_serve.table.schema import TaskRows
 
 Array = NDArray[np.float64]
-
-LABEL_VOTE = f"label vote of {LABEL_VOTE_K} neighbours, no model"
-WEIGHED_VOTE = "label vote as stacked exits weigh it, no model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,7 @@ def baselines(table: TaskRows, asked: ProbedTask) -> dict[str, Answers]:
     """By name, the deepest first. table: the rows of a label-word task, at least 2."""
     assert table.golds is not None and table.label_logprobs is not None
     num_layers, num_labels = asked.label_logprobs.shape[1:]
-    no_votes = np.zeros((len(asked.golds), num_labels))
-    freed = calibrated(table.label_logprobs).scores(asked.label_logprobs, no_votes).argmax(axis=2)
+    freed = (asked.label_logprobs - calibrated(table.label_logprobs).bias).argmax(axis=2)
     layer, _ = best_fixed_layer(table.label_logprobs, table.golds)
     counts = label_counts(table.golds, num_labels)
     similarities, labels = _neighbours(table, asked.vectors, max(LABEL_VOTE_K, VOTE_K["stacked"]))
@@ -71,10 +72,7 @@ def _neighbours(
 ) -> tuple[Array, NDArray[np.int32]]:
     """[n, k] similarities of the k nearest rows, nearest first, and their labels."""
     assert table.golds is not None
-    found = []
-    for start in range(0, len(queries), BLOCK):
-        block = queries[start : start + BLOCK] @ table.vectors.T
-        nearest = np.argsort(-block, axis=1, kind="stable")[:, :k]
-        found.append((np.take_along_axis(block, nearest, axis=1), table.golds[nearest]))
-    similarities, labels = (np.concatenate(part) for part in zip(*found, strict=True))
-    return similarities.astype(np.float64), labels
+    in_table = np.full(len(queries), -1)  # none of them is a row
+    found = list(nearest_others(queries, in_table, table.vectors, min(k, len(table))))
+    nearest, similarities = (np.concatenate(part) for part in zip(*found, strict=True))
+    return similarities.astype(np.float64), table.golds[nearest]

@@ -13,7 +13,7 @@ from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Asker, asker
 from raee_serve.evaluation.report import TaskResult, as_json, as_table
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import DEFAULT_ROOT, Example, load_examples
+from raee_serve.table.datasets import Example, add_data_argument, load_examples
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
 
@@ -37,12 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="backbone, or the model name at --base-url")
     parser.add_argument("--table", metavar="DIR", help="exit table; not needed with --base-url")
     parser.add_argument("--task", action="append", required=True, help="repeat for several")
-    parser.add_argument(
-        "--data",
-        metavar="ROOT",
-        default=DEFAULT_ROOT,
-        help="data directory, or 'hub' (default: RAEE_DATA, else ../shared/data)",
-    )
+    add_data_argument(parser)
     parser.add_argument("--limit", type=_positive, metavar="N", help="test rows a task")
     parser.add_argument("--base-url", metavar="URL", help="a running raee-serve")
     parser.add_argument("--offline", action="store_true", help="without a server; no free text")

@@ -13,7 +13,14 @@ from tqdm import tqdm
 
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.retrieval.drawing import pyplot
-from raee_serve.retrieval.leave_one_out import LABEL_VOTE_K, LeaveOneOut, Outcome, frontier
+from raee_serve.retrieval.leave_one_out import (
+    LABEL_VOTE,
+    LABEL_VOTE_K,
+    WEIGHED_VOTE,
+    LeaveOneOut,
+    Outcome,
+    frontier,
+)
 from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
 
@@ -115,8 +122,8 @@ def _baselines(rows: LeaveOneOut) -> list[tuple[float, float, str]]:
     return [
         (1.0, rows.full_depth(), "full depth"),
         (layer / rows.num_layers, accuracy, f"best fixed layer ({layer}), calibrated"),
-        (0.0, rows.label_vote(LABEL_VOTE_K), f"label vote of {LABEL_VOTE_K} neighbours, no model"),
-        (0.0, rows.stacked_vote(), "label vote as stacked exits weigh it, no model"),
+        (0.0, rows.label_vote(LABEL_VOTE_K), LABEL_VOTE),
+        (0.0, rows.stacked_vote(), WEIGHED_VOTE),
     ]
 
 

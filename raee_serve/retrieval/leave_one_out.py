@@ -40,6 +40,8 @@ NEIGHBOURS = {
 }
 LABEL_VOTE_K = 32
 """Neighbours of the bare label vote that stands beside the rules."""
+LABEL_VOTE = f"label vote of {LABEL_VOTE_K} neighbours, no model"
+WEIGHED_VOTE = "label vote as stacked exits weigh it, no model"
 VOTE_WEIGHTS = (0.5, 1.0, 2.0, 3.0)
 """Of fused exits; stacked ones have fitted weights."""
 
@@ -79,9 +81,9 @@ class LeaveOneOut:
         evidence = self._evidence(rule, k, vote_weight)
         right = np.stack([self._right(head, k) for head in heads], axis=1)
         for fraction in fractions:
-            layers, chosen = self._exits(evidence, RuleChoice(rule, k, fraction, vote_weight))
-            correct = right[np.arange(self.num_rows), chosen, layers - 1]
             choice = RuleChoice(rule, k, fraction, vote_weight)
+            layers, chosen = self._exits(evidence, choice)
+            correct = right[np.arange(self.num_rows), chosen, layers - 1]
             yield Outcome(choice, float(correct.mean()), float(layers.mean() / self.num_layers))
 
     def layers(self, choice: RuleChoice) -> NDArray[np.int64]:
@@ -161,8 +163,7 @@ def best_fixed_layer(
     label_logprobs: NDArray[np.float32], golds: NDArray[np.int32]
 ) -> tuple[int, float]:
     """The layer (1..num_layers) that answers most rows correctly when calibrated, and its share."""
-    no_votes = np.zeros((len(golds), label_logprobs.shape[2]))
-    scores = calibrated(label_logprobs).scores(label_logprobs, no_votes)
+    scores = label_logprobs - calibrated(label_logprobs).bias
     right = (scores.argmax(axis=2) == golds[:, None]).mean(axis=0)
     return int(right.argmax()) + 1, float(right.max())
 

@@ -111,8 +111,7 @@ def _picture(table: ExitTable, name: str, rows: TaskRows) -> TaskPicture:
     right_calibrated = None
     if rows.golds is not None and rows.label_logprobs is not None:
         exits = LeaveOneOut(rows.vectors, rows.golds, rows.label_logprobs).layers(choice)
-        no_votes = np.zeros((len(rows), len(entry.label_words)))
-        scores = calibrated(rows.label_logprobs).scores(rows.label_logprobs, no_votes)
+        scores = rows.label_logprobs - calibrated(rows.label_logprobs).bias
         right_calibrated = (label_evidence(scores, rows.golds) > 0).mean(axis=0)
     else:
         exits = free_text_exits(rows.vectors, evidence, choice)

@@ -76,9 +76,10 @@ class ExitRetriever:
         indexes: Mapping[str, TaskIndex],
         search: Search,
         table_version: int,
+        table_state: str,
     ) -> None:
         self.observe: Callable[[LookupCost], None] = lambda _: None
-        self.table_version = table_version
+        self.table_version, self.table_state = table_version, table_state
         self.encoder_identity = metadata.encoder
         self.encoder_backend = encoder_backend
         self._encoder = encoder
@@ -164,7 +165,7 @@ class ExitRetriever:
             for name in filled
         }
         search = _search(table, indexes)
-        return cls(cache, encoder_backend, metadata, indexes, search, table.version)
+        return cls(cache, encoder_backend, metadata, indexes, search, table.version, table.state)
 
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def load_gate(
     loader = None
     if settings.table is not None and not is_off():
         loader = TableLoader(settings, backbone, tokenizer, served_names, valves)
-    opened = None if loader is None else loader.open()
+    retriever = None if loader is None else loader.open()
     admission = _without_table(settings, backbone, valves)
     if not admission.off:
         print(f"raee-serve: valves: {valves}; {access}", flush=True)
@@ -60,10 +60,10 @@ def load_gate(
         access=access,
         sampler=FullDepthSampler(valves.sample_full, metrics) if valves.sample_full else None,
     )
-    if loader is None or opened is None:
+    if loader is None or retriever is None:
         return gate
     reloader = TableReloader(loader.load, loader.newest_state, loader.uri)
-    return reloader.start(loader.deciding_by(opened, gate))
+    return reloader.start(loader.deciding_by(retriever, gate))
 
 
 def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -97,14 +97,6 @@ def _fixed(settings: DepthSettings, backbone: BackboneIdentity, valves: Valves) 
     return Admission(num_layers, fixed_layer=layer, valves=valves)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenTable:
-    """A table that is loaded. state: as `Snapshot.state`."""
-
-    retriever: ExitRetriever
-    state: str
-
-
 class TableLoader:
     """Makes gates that decide by the table; after the first one the encoder stays."""
 
@@ -129,9 +121,9 @@ class TableLoader:
         """`gate`, deciding by the table as it is now. Raises RaeeError for what does not fit."""
         return self.deciding_by(self.open(), gate)
 
-    def open(self) -> OpenTable:
-        """The table as it is now. Raises RaeeError for what does not fit."""
-        state, settings = self.newest_state(), self._settings
+    def open(self) -> ExitRetriever:
+        """Of the table as it is now. Raises RaeeError for what does not fit."""
+        settings = self._settings
         retriever = ExitRetriever.open(
             self.uri,
             backbone=self._backbone,
@@ -154,19 +146,19 @@ class TableLoader:
             f"{settings.lookup_timeout_ms:g} ms",
             flush=True,
         )
-        return OpenTable(retriever, state)
+        return retriever
 
-    def deciding_by(self, table: OpenTable, gate: Gate) -> Gate:
-        """`gate`, deciding by `table`."""
-        retriever, metrics = table.retriever, gate.metrics
+    def deciding_by(self, retriever: ExitRetriever, gate: Gate) -> Gate:
+        """`gate`, deciding by the retriever's table."""
+        version, rows = retriever.table_version, retriever.rows_by_task
         self._retriever = retriever
-        retriever.observe = metrics.looked_up
-        metrics.table(retriever.table_version, retriever.rows_by_task)
+        retriever.observe = gate.metrics.looked_up
+        gate.metrics.table(version, rows)
         return replace(
             gate,
             admission=self._admission(retriever),
             lookups=self._lookups(retriever, gate),
-            snapshot=Snapshot(retriever.table_version, table.state, retriever.rows_by_task),
+            snapshot=Snapshot(version, retriever.table_state, rows),
         )
 
     def newest_state(self) -> str:

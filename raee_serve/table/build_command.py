@@ -14,7 +14,7 @@ from raee_serve.errors import RaeeError, TableError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder, finish_task, plan_task
-from raee_serve.table.datasets import DEFAULT_ROOT, Example, load_examples
+from raee_serve.table.datasets import Example, add_data_argument, load_examples
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
@@ -36,12 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"repeatable; one of {', '.join(TASKS)}",
     )
     parser.add_argument("--table", required=True, metavar="DIR", help="new, or to be added to")
-    parser.add_argument(
-        "--data",
-        metavar="ROOT",
-        default=DEFAULT_ROOT,
-        help="data directory, or 'hub' (default: RAEE_DATA, else ../shared/data)",
-    )
+    add_data_argument(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="rows a task (default: all)")
     parser.add_argument("--encoder", default="minilm", help="packaged name, directory or hub id")
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -63,6 +64,16 @@ class DemoSet:
     name: str
     text_field: str = "text"
     gold_field: str = "label"
+
+
+def add_data_argument(parser: ArgumentParser) -> None:
+    """--data, as `load_examples` takes its root."""
+    parser.add_argument(
+        "--data",
+        metavar="ROOT",
+        default=DEFAULT_ROOT,
+        help="data directory, or 'hub' (default: RAEE_DATA, else ../shared/data)",
+    )
 
 
 def load_examples(task: Task, split: Split, root: str | Path | None = None) -> list[Example]:

@@ -194,7 +194,7 @@ class ExitTable:
 
     def row_ids(self, task: str) -> set[str]:
         with _naming(self.uri, "cannot read its row ids"):
-            return set(self._select(self._target(task), ["id"])["id"].to_pylist())
+            return set(self._query(self._target(task), ["id"]).to_arrow()["id"].to_pylist())
 
     def count_rows(self) -> int:
         return int(self._exits.count_rows(edits.rows_of(self.metadata)))
@@ -215,19 +215,19 @@ class ExitTable:
         entry = self.metadata.tasks[task]
         columns = None if vectors else [name for name in self._exits.schema.names if name != VECTOR]
         with _naming(self.uri, f"rows of task {task}"):
-            return from_arrow(self._select(entry, columns), entry, self.metadata)
+            return from_arrow(self._query(entry, columns).to_arrow(), entry, self.metadata)
 
     def vectors(self, task: str, at_once: int) -> Iterator[NDArray[np.float32]]:
         """The vectors of a task's rows, in the order of `rows`, up to so many at a time."""
         with _naming(self.uri, f"vectors of task {task}"):
-            query = self._exits.search().where(self._where([task])).select([VECTOR])
+            query = self._query(self.metadata.tasks[task], [VECTOR])
             for batch in query.to_batches(at_once):
                 yield vectors_of(pa.Table.from_batches([batch]), self.metadata)
 
     def keys(self, task: str) -> NDArray[np.uint64]:
         """Under which `index` finds a task's rows, in the order of `rows`."""
         with _naming(self.uri, f"keys of task {task}"):
-            query = self._exits.search().where(self._where([task])).select(["id"])
+            query = self._query(self.metadata.tasks[task], ["id"])
             return query.with_row_id(True).to_arrow()["_rowid"].to_numpy()
 
     def count(self, task: str) -> int:
@@ -266,9 +266,10 @@ class ExitTable:
             query = self._exits.search().where(edits.all_shelves(task)).select(["task"])
             return max(map(_number, set(query.to_arrow()["task"].to_pylist())), default=0)
 
-    def _select(self, entry: TaskEntry, columns: list[str] | None) -> pa.Table:
-        query = self._exits.search().where(f"task = '{entry.shelf}'")
-        return (query.select(columns) if columns else query).to_arrow()
+    def _query(self, entry: TaskEntry, columns: list[str] | None) -> Any:
+        """A task's rows, in the same order whatever the columns are; all of them by default."""
+        query = self._exits.search().where(edits.on_shelves([entry.shelf]))
+        return query.select(columns) if columns else query
 
     def _read_metadata(self) -> None:
         records = read_records(self._exits)

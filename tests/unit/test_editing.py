@@ -24,11 +24,6 @@ OTHER = dataclasses.replace(entry("sst2"), version="0123456789ab")
 
 
 @pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "table")
-
-
-@pytest.fixture
 def table(uri):
     """Two tasks of two rows each, one of them calibrated."""
     table = ExitTable.open_or_create(uri, metadata())

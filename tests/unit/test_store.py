@@ -23,11 +23,6 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "table")
-
-
-@pytest.fixture
 def table(uri):
     table = ExitTable.open_or_create(uri, metadata())
     table.put_task(entry("sst2"))

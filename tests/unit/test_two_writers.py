@@ -30,11 +30,6 @@ def processes():
     return context
 
 
-@pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "table")
-
-
 def started(processes, *works):
     """Processes at `works`, each the arguments of `writers.run`."""
     all_of_them = [processes.Process(target=writers.run, args=work) for work in works]

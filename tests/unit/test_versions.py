@@ -19,11 +19,6 @@ DAY = timedelta(days=1)
 
 
 @pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "table")
-
-
-@pytest.fixture
 def table(uri):
     table = ExitTable.open_or_create(uri, metadata())
     table.put_task(entry("sst2"))
