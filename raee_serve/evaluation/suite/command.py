@@ -14,6 +14,7 @@ from raee_serve.errors import RaeeError
 from raee_serve.evaluation.suite import (
     evidence,
     findings,
+    finetuned,
     index,
     keys,
     neighbours,
@@ -44,6 +45,7 @@ STUDIES = {
     "index": Study(index.QUESTION, index.run),
     "shift": Study(shift.QUESTION, shift.run),
     "evidence": Study(evidence.QUESTION, evidence.run),
+    "finetuned": Study(finetuned.QUESTION, finetuned.run),
     "peers": Study(peers.QUESTION, peers.run),
 }
 ALL = "all"
