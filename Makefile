@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint reproduce setup
 .DEFAULT_GOAL := test
 
 demo: setup
@@ -22,6 +22,16 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest -m "not gpu"
+
+# A reduced run of the studies in docs/results.md; of the demo task where there are no data sets.
+reproduce: RAEE_DATA ?= ../shared/data
+reproduce: OUT ?= reproduced
+reproduce: TASKS ?= $(if $(wildcard $(RAEE_DATA)/trec),cr subj trec,demo_sentiment)
+reproduce: setup
+	$(VENV)/bin/raee-serve build --model gemma3-270m --table $(OUT)/table --limit 600 \
+		--data $(RAEE_DATA) $(TASKS:%=--task %)
+	$(VENV)/bin/raee-serve eval suite all --model gemma3-270m --table $(OUT)/table --limit 100 \
+		--data $(RAEE_DATA) --out $(OUT)
 
 lint: setup
 	$(VENV)/bin/ruff check .
