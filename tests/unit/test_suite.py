@@ -65,9 +65,11 @@ def rows_of(suite, name):
 def test_every_study_leaves_its_findings_and_a_place_in_the_report(suite):
     assert suite("all") == 0
     report = (suite.out / "report.html").read_text()
+    tables = (suite.out / "report.md").read_text()
     for name, study in STUDIES.items():
         kept = json.loads((suite.out / f"{name}.json").read_text())
         assert kept["rows"] and kept["settings"]["prompts"] == {TASK: 12}
+        assert f"## {name}\n{study.question}\n" in tables
         assert f'<h2 id="{name}">' in report and escape(study.question) in report
         assert (suite.out / f"{name}.png").is_file() == (kept["picture"] is not None)
     assert "http" not in report  # it needs nothing else

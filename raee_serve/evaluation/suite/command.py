@@ -53,7 +53,7 @@ ALL = "all"
 DESCRIPTION = """Studies on an exit table and its test rows, decided by the server's own
 code.
 Each leaves NAME.json, NAME.csv and NAME.png in --out, and is not run again while model, table and
-settings stay; report.html there shows all of them."""
+settings stay; report.html and report.md there show all of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

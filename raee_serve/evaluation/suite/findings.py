@@ -53,10 +53,14 @@ def from_json(text: str, settings: Mapping[str, Any]) -> Findings | None:
     return Findings(kept["rows"], drawn, kept["notes"])
 
 
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Of all rows, in the order in which they first appear."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
 def as_csv(findings: Findings) -> str:
     text = io.StringIO()
-    columns = list(dict.fromkeys(column for row in findings.rows for column in row))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns_of(findings.rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(findings.rows)
     return text.getvalue()

@@ -1,15 +1,15 @@
-"""Studies as pictures, and as one HTML page that needs no other file."""
+"""Studies as pictures, as one HTML page that needs no other file, and as Markdown tables."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from raee_serve.evaluation.suite.findings import Findings, Row
+from raee_serve.evaluation.suite.findings import Findings, Row, columns_of
 from raee_serve.retrieval.drawing import pyplot
 
 STYLE = """
@@ -50,8 +50,12 @@ def draw(found: Findings, title: str, file: Path) -> None:
 
 
 def write_report(out: Path, studies: Mapping[str, Any]) -> Path:
-    """out/report.html, of all the studies that `out` holds, in the order of `studies`."""
-    parts = [_section(out, name) for name in studies if (out / f"{name}.json").is_file()]
+    """out/report.html, and the same tables in report.md, of all the studies that `out` holds, in
+    the order of `studies`."""
+    done = [name for name in studies if (out / f"{name}.json").is_file()]
+    parts = [_section(out, name) for name in done]
+    tables = [_markdown(json.loads((out / f"{name}.json").read_text())) for name in done]
+    (out / "report.md").write_text("\n".join(tables), encoding="utf-8")
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>raee-serve: studies</title>'
@@ -80,8 +84,25 @@ def _section(out: Path, name: str) -> str:
     )
 
 
+def _markdown(kept: dict[str, Any]) -> str:
+    columns = columns_of(kept["rows"])
+    lines = [
+        f"## {kept['study']}",
+        kept["question"],
+        "",
+        _cells(columns),
+        _cells("---" for _ in columns),
+    ]
+    lines += [_cells(str(row.get(column, "")) for column in columns) for row in kept["rows"]]
+    return "\n".join([*lines, "", *kept["notes"], ""])
+
+
+def _cells(values: Iterable[str]) -> str:
+    return f"| {' | '.join(values)} |"
+
+
 def _table(rows: list[Row]) -> str:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = columns_of(rows)
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(str(row.get(c, '')))}</td>" for c in columns) + "</tr>"
