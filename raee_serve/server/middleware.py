@@ -22,6 +22,7 @@ from raee_serve.server.explain import raee_object, with_raee
 from raee_serve.server.gate import Admitted, Gate
 from raee_serve.server.options import RequestError
 from raee_serve.server.prompts import Kind
+from raee_serve.server.readiness import asks_whether_ready, readiness
 from raee_serve.server.request_body import (
     is_json,
     parsed,
@@ -46,6 +47,9 @@ class RaeeMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = _path(scope)
+        if asks_whether_ready(path, scope):
+            response = await readiness(scope["app"].state.engine_client)
+            return await response(scope, receive, send)
         handle = self._answer if is_ours(path) else self._admit if path in ROUTES else None
         if handle is None or not _is_authorized(self.app, scope):
             return await self._pass_on(scope, receive, send)
