@@ -14,19 +14,26 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint setup browser
 .DEFAULT_GOAL := test
 
 demo: setup
 	$(PY) -m raee_serve.evaluation.demo
 
-test: setup
+test: setup browser
 	$(PY) -m pytest -m "not gpu"
 
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# For the tests of the page at /raee, which are skipped where it cannot be had.
+browser:
+	@if ! command -v chromium > /dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -q -y --no-install-recommends chromium; } || \
+		echo "chromium could not be installed; the tests that need it are skipped"; fi
 
 setup: $(READY)
 

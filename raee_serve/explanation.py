@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A row that was found: its id, cosine distance (0..2) and gold label word; None for free text."""
+    """A row that was found. distance: cosine, 0..2. label: gold label word; None for free text."""
 
     id: str
     distance: float

@@ -39,7 +39,8 @@ def load_gate(
 ) -> Gate:
     """The gate of a server that serves `backbone` as `served_names`.
 
-    chat_template: given beside the tokenizer's own, if any. Raises RaeeError for what does not fit it.
+    chat_template: given beside the tokenizer's own, if any.
+    Raises RaeeError for what does not fit the backbone.
     """
     from transformers import AutoTokenizer
 

@@ -47,7 +47,5 @@ def watched(page: Page) -> Seen:
     seen = Seen()
     page.on("request", lambda request: seen.requests.append(request.url))
     page.on("pageerror", lambda error: seen.complaints.append(str(error)))
-    page.on(
-        "console", lambda said: said.type == "error" and seen.complaints.append(said.text)
-    )
+    page.on("console", lambda said: said.type == "error" and seen.complaints.append(said.text))
     return seen

@@ -1,12 +1,8 @@
 """The page at /raee in a browser, against the server of the other tests."""
 
-import json
-import urllib.request
-
 import pytest
 from playwright.sync_api import expect
 
-from tests.server.asking import complete
 from tests.server.browser import chromium, watched
 from tests.server.conftest import MODEL, NUM_LAYERS
 
@@ -59,8 +55,9 @@ def explained(served, prompt, **raee):
 
 
 def test_a_text_is_asked_about_by_keyboard_alone(page, served, reviews):
-    expect(page.locator("#depths svg")).to_be_visible()
-    before, histogram = prompts_counted(page), page.locator("#depths svg").get_attribute("aria-label")
+    depths = page.locator("#depths svg")
+    expect(depths).to_be_visible()
+    before, histogram = prompts_counted(page), depths.get_attribute("aria-label")
     assert focused(page) == "text"
     page.keyboard.press("Shift+Tab")
     assert focused(page) == "completions"
@@ -97,7 +94,7 @@ def test_a_text_is_asked_about_by_keyboard_alone(page, served, reviews):
     labels = page.locator("#neighbours td:nth-child(2)").all_inner_texts()
     assert labels == [row["label"] for row in rows]
 
-    expect(page.locator("#depths svg")).not_to_have_attribute("aria-label", histogram)
+    expect(depths).not_to_have_attribute("aria-label", histogram)
     assert prompts_counted(page) >= before + 2
 
 

@@ -5,7 +5,8 @@ import { byId, describe, element } from "./dom.js";
 const REASONS = {
   override: "The request or the server's --exit-layer fixed this depth.",
   off: "Early exit is off: this is vanilla vLLM.",
-  unmatched: "The prompt belongs to no task of the table. Choose one, or type it in a task's template.",
+  unmatched:
+    "The prompt belongs to no task of the table. Choose one, or type it in a task's template.",
   unconstrained:
     "This is a label-word task whose output is not limited to its label words. Choose the task.",
   adapter: "The request is for an adapter, of which the table knows nothing.",
@@ -15,7 +16,7 @@ const REASONS = {
   error: "The look-up failed; the server's log says why.",
 };
 
-export function showDecision(decision, server) {
+export function showDecision(decision) {
   const { exit_layer: run, num_layers: all } = decision;
   const saved = all - run;
   byId("headline").replaceChildren(
@@ -24,7 +25,7 @@ export function showDecision(decision, server) {
     element("span", { class: "pill" }, saved ? `${percent(saved / all)} saved` : "full depth"),
   );
   byId("why").textContent = because(decision);
-  describe(byId("facts"), facts(decision, server));
+  describe(byId("facts"), facts(decision));
 }
 
 function because(decision) {
@@ -36,12 +37,12 @@ function because(decision) {
   return `Layer ${layer} is the first with ${percent(rule.fraction)} of the best layer's evidence.`;
 }
 
-function facts({ reason, task, rule, head, distance, lookup_ms: ms }, server) {
+function facts({ reason, task, rule, head, distance, lookup_ms: ms }) {
   const far = rule ? ` (far beyond ${rule.max_distance.toFixed(3)})` : "";
   return [
     ["reason", reason],
     ["task", task],
-    ["rule", rule ? `${rule.name}, k ${rule.k}` : server.explain ? null : "not told (explain is off)"],
+    ["rule", rule ? `${rule.name}, k ${rule.k}` : null],
     ["head", rule ? head : null],
     ["nearest row", distance === null ? null : `${distance.toFixed(3)}${far}`],
     ["look-up", ms ? `${ms.toFixed(1)} ms` : null],

@@ -1,4 +1,5 @@
-// What the server has done for everybody so far, read anew every few seconds while the page is seen.
+// What the server has done for everybody so far, read anew every few seconds while the page is
+// seen.
 
 import { getText } from "./api.js";
 import { byId, describe, svg } from "./dom.js";
@@ -6,7 +7,7 @@ import { percent } from "./decision.js";
 import { buckets, parsed, total } from "./metrics.js";
 
 const EVERY_MS = 3000;
-const HEIGHT = 132; // px, of a chart
+const HEIGHT = 190; // px, of a chart
 
 let timer = 0;
 let latest = null;
@@ -35,9 +36,16 @@ export async function refreshLive() {
 
 function draw(samples) {
   describe(byId("totals"), totals(samples));
-  const depths = buckets(samples, "raee_exit_layer").filter(({ upTo }) => upTo !== Infinity);
-  show("depths", depths, (layer) => String(layer), "layer");
+  show("depths", depths(samples), (layer) => String(layer), "layer");
   show("lookups", buckets(samples, "raee_lookup_seconds"), milliseconds, "");
+}
+
+// One column a layer, also before the first prompt, when there is no histogram yet.
+function depths(samples) {
+  const told = buckets(samples, "raee_exit_layer");
+  const counts = new Map(told.map(({ upTo, count }) => [upTo, count]));
+  const layers = Array.from({ length: total(samples, "raee_num_layers") }, (_, i) => i + 1);
+  return layers.map((layer) => ({ upTo: layer, count: counts.get(layer) ?? 0 }));
 }
 
 function totals(samples) {
@@ -45,12 +53,13 @@ function totals(samples) {
   const layers = prompts * total(samples, "raee_num_layers");
   const lookups = total(samples, "raee_lookup_seconds_count");
   const embedded = total(samples, "raee_cache_total");
+  const saved = total(samples, "raee_layers_saved_total") / layers;
   const mean = (1000 * total(samples, "raee_lookup_seconds_sum")) / lookups;
   const remembered = total(samples, "raee_cache_total", "result", "hit") / embedded;
   const version = samples.get("raee_table_info")?.[0]?.labels.version;
   return [
     ["prompts", prompts.toLocaleString()],
-    ["layers saved", layers ? percent(total(samples, "raee_layers_saved_total") / layers) : "none yet"],
+    ["layers saved", layers ? percent(saved) : "none yet"],
     ["mean look-up", lookups ? `${mean.toFixed(1)} ms` : "none yet"],
     ["embeddings remembered", embedded ? percent(remembered) : null],
     ["table", version ? `version ${version}` : null],
@@ -81,7 +90,7 @@ function show(id, columns, named, unit) {
     viewBox: `0 0 ${width} ${HEIGHT}`,
   });
   chart.append(svg("line", { class: "floor", x1: 0, x2: width, y1: floor, y2: floor }));
-  const every = Math.ceil(46 / step);
+  const every = [1, 2, 5, 10].find((columns) => columns * step >= 46) ?? 20;
   columns.forEach((column, i) => {
     const height = column.count ? Math.max(2, ((floor - 18) * column.count) / most) : 0;
     const x = i * step + step * 0.12;
@@ -89,9 +98,11 @@ function show(id, columns, named, unit) {
     const middle = { x: (i + 0.5) * step, "text-anchor": "middle" };
     chart.append(svg("rect", { class: "column", ...size }, svg("title", {}, full(column))));
     if (column.count && step > 14) {
-      chart.append(svg("text", { ...middle, class: "count", y: floor - height - 5 }, String(column.count)));
+      const above = { ...middle, class: "count", y: floor - height - 5 };
+      chart.append(svg("text", above, String(column.count)));
     }
-    if (i % every === 0) chart.append(svg("text", { ...middle, y: HEIGHT - 5 }, named(column.upTo)));
+    if ((i + 1) % every) return;
+    chart.append(svg("text", { ...middle, y: HEIGHT - 5 }, named(column.upTo)));
   });
   place.replaceChildren(chart);
 }

@@ -47,9 +47,10 @@ function inTurn(act) {
 }
 
 function fail(error) {
-  if (!(error instanceof ApiError)) console.error(error);
+  const told = error instanceof ApiError;
+  if (!told) console.error(error);
   byId("status").textContent = "";
-  byId("error").textContent = error instanceof ApiError ? error.message : `The page failed: ${error}`;
+  byId("error").textContent = told ? error.message : `The page failed: ${error}`;
   byId("error").hidden = false;
   byId("key").setAttribute("aria-invalid", String(error.status === 401));
   if (error.status === 401) byId("key").focus();
@@ -87,7 +88,7 @@ async function askBoth() {
   const question = await recognised(server, asked());
   const chosen = await answer(server, question, server.explain ? { explain: true } : {});
   decision = chosen.decision;
-  showDecision(decision, server);
+  showDecision(decision);
   showNeighbours(decision, server);
   drawStack();
   showAnswer("chosen", chosen, chosen.ms);

@@ -15,8 +15,9 @@ export function parsed(text) {
 
 // Of all series of a metric, or of those with this label.
 export function total(samples, name, label, wanted) {
-  const series = (samples.get(name) ?? []).filter(({ labels }) => !label || labels[label] === wanted);
-  return series.reduce((sum, { value }) => sum + value, 0);
+  const series = samples.get(name) ?? [];
+  const meant = series.filter(({ labels }) => !label || labels[label] === wanted);
+  return meant.reduce((sum, { value }) => sum + value, 0);
 }
 
 // [{upTo, count}]: a histogram's buckets, each with what is in it alone, over all its series.

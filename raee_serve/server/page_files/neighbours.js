@@ -8,7 +8,9 @@ export function showNeighbours(decision, server) {
   const place = byId("neighbours");
   const rows = decision.neighbours ?? [];
   if (!rows.length) {
-    const why = server.explain ? "No look-up was made." : "This server does not explain its decisions.";
+    const why = server.explain
+      ? "No look-up was made."
+      : "This server does not explain its decisions.";
     place.replaceChildren(element("p", { class: "quiet" }, why));
     return;
   }

@@ -14,7 +14,7 @@ function placed(width, layers) {
   const narrow = width < 520;
   const side = narrow ? 14 : 30;
   const front = narrow ? 58 : 150;
-  const left = narrow ? 62 : 96; // of the side's lower corner
+  const left = narrow ? 72 : 96; // of the side's lower corner
   const bars = left + side + front + 36;
   return {
     width,
@@ -52,7 +52,8 @@ export function stackPicture(width, layers, decision) {
 // [num_layers]: of each layer's best head, by which a rule chooses. null without a look-up.
 function bestScores({ exits }) {
   const heads = Object.values(exits ?? {});
-  return heads.length ? heads[0].map((_, i) => Math.max(...heads.map((scores) => scores[i]))) : null;
+  if (!heads.length) return null;
+  return heads[0].map((_, i) => Math.max(...heads.map((scores) => scores[i])));
 }
 
 function said({ exit_layer: run, num_layers: all }, scores) {
@@ -103,7 +104,7 @@ function brackets({ x, y, pitch, lean }, run, layers) {
 
 // The exit's, the ends', and round ones between, as far as there is room.
 function layerNumbers({ x, y, thick, pitch }, layers, run) {
-  const step = [1, 2, 5, 10, 20].find((step) => step * pitch >= 22) ?? 40;
+  const step = [1, 2, 5, 10, 20].find((step) => step * pitch >= 44) ?? 40;
   const round = Array.from({ length: Math.floor(layers / step) }, (_, i) => (i + 1) * step);
   const shown = [];
   for (const layer of [run || layers, layers, 1, ...round]) {
