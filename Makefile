@@ -21,13 +21,13 @@ NODE_READY := $(NODE_CLIENT)/node_modules/.package-lock.json
 # The service that pip-audit asks about each package.
 OSV := https://api.osv.dev
 
-.PHONY: demo test lint audit reproduce setup
+.PHONY: demo test lint audit reproduce setup browser
 .DEFAULT_GOAL := test
 
 demo: setup
 	$(PY) -m raee_serve.evaluation.demo
 
-test: setup $(TOOLS_READY) $(NODE_READY)
+test: setup $(TOOLS_READY) $(NODE_READY) browser
 	$(PY) -m pytest -m "not gpu"
 
 # A reduced run of the studies in docs/results.md; of the demo task where there are no data sets.
@@ -50,6 +50,13 @@ audit: setup $(TOOLS_READY)
 		$(TOOLS)/bin/pip-audit --vulnerability-service osv --progress-spinner off \
 			--path $(VENV)/lib/python3.*/site-packages; \
 	else echo "audit: nothing was audited, for $(OSV) cannot be reached from here"; fi
+
+# For the tests of the page at /raee, which are skipped where it cannot be had.
+browser:
+	@if ! command -v chromium > /dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -q -y --no-install-recommends chromium; } || \
+		echo "chromium could not be installed; the tests that need it are skipped"; fi
 
 setup: $(READY)
 

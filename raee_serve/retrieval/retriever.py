@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError, TableError
-from raee_serve.explanation import Explanation
+from raee_serve.explanation import Explanation, Neighbour
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.aggregate import decide, exit_scores, rule_named
@@ -235,7 +235,7 @@ class ExitRetriever:
         evidence = self._evidence[rows][:, [HEADS.index(head) for head in heads], skipped:]
         if lookup.explain:
             about["explanation"] = Explanation(
-                tuple(zip((self._ids[row] for row in rows), distances.tolist(), strict=True)),
+                self._told(owner, rows, distances),
                 dict(zip(heads, exit_scores(rule, evidence, distances).tolist(), strict=True)),
                 choice,
                 self._bounds[owner],
@@ -250,6 +250,16 @@ class ExitRetriever:
         layer = skipped + chosen[0]
         bias = self._label_bias(head, layer, owner, rows, distances, lookup.candidates)
         return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **about, label_bias=bias)
+
+    def _told(
+        self, owner: int, rows: NDArray[np.int64], distances: NDArray[np.float32]
+    ) -> tuple[Neighbour, ...]:
+        """The rows as an explanation names them; all tasks that are searched share their words."""
+        words = self.tasks[self._names[owner]].label_words
+        return tuple(
+            Neighbour(self._ids[row], distance, words[self._labels[row]] if words else None)
+            for row, distance in zip(rows, distances.tolist(), strict=True)
+        )
 
     def _label_bias(
         self,

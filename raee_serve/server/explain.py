@@ -60,8 +60,8 @@ def _of_explanation(explanation: Explanation) -> dict[str, Any]:
             "min_exit_layer": explanation.min_layer,
         },
         "neighbours": [
-            {"id": row_id, "distance": round(distance, DECIMALS)}
-            for row_id, distance in explanation.neighbours
+            {"id": row.id, "distance": round(row.distance, DECIMALS), "label": row.label}
+            for row in explanation.neighbours
         ],
         "exits": {
             head: before + [round(score, DECIMALS) for score in scores]

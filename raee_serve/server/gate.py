@@ -71,6 +71,7 @@ class Gate:
     """lookups, snapshot, reloader: None where a fixed depth leaves nothing to look up.
 
     sampler: None unless a share of the prompts runs at both depths.
+    has_chat_template: whether the server can take chats.
     """
 
     admission: Admission
@@ -81,6 +82,7 @@ class Gate:
     sampler: FullDepthSampler | None = None
     snapshot: Snapshot | None = None
     reloader: TableReloader | None = None
+    has_chat_template: bool = False
 
     @property
     def latest(self) -> Gate:

@@ -32,6 +32,14 @@ class RequestError(RaeeError):
         self.status = status
 
 
+class MethodError(RequestError):
+    """A method that the route does not take. allowed: the ones it does, as in an Allow header."""
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(None, f"allowed: {allowed}", HTTPStatus.METHOD_NOT_ALLOWED)
+        self.allowed = allowed
+
+
 class OptionError(RequestError):
     """A bad `raee` object."""
 

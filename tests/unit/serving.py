@@ -15,7 +15,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from raee_serve.engine.settings import EXIT_LAYER_KEY
-from raee_serve.explanation import Explanation
+from raee_serve.explanation import Explanation, Neighbour
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.access import Access
 from raee_serve.server.admission import Admission
@@ -37,7 +37,7 @@ TASK = Task("sst2", CompletionPrompt("{text} It was"), ("terrible", "great"))
 SPELLINGS = {"terrible": 8, "great": 9, " terrible": 10, " great": 11}
 LABELS = LabelOutputs(TASK.label_words, TASK.label_texts(), (10, 11), True, SPELLINGS)
 EXPLANATION = Explanation(
-    neighbours=(("row-a", 0.25), ("row-b", 0.5)),
+    neighbours=(Neighbour("row-a", 0.25, "great"), Neighbour("row-b", 0.5, "terrible")),
     scores={"plain": (0.0,) * 4 + (1.25,) + (0.75,) * (NUM_LAYERS - 5)},
     choice=RuleChoice("earliest", 2, 0.95, 2.0),
     max_distance=0.6,

@@ -226,7 +226,8 @@ def test_a_decision_is_explained_only_if_asked(retriever):
     )
     assert plain.explanation is None
     told = asked.explanation
-    ids, distances = zip(*told.neighbours, strict=True)
+    ids, distances = zip(*((row.id, row.distance) for row in told.neighbours), strict=True)
+    assert {row.label for row in told.neighbours} == {"great"}
     assert ids[0] == f"sst2:{PRAISE[0]}"
     assert len(set(ids)) == 3 and list(distances) == sorted(distances)
     assert distances[0] == asked.distance
