@@ -37,6 +37,7 @@ class DepthClient:
         self._gate = gate
         self._unread = PromptDepth(gate.admission.default_layer)
         self._full = PromptDepth(gate.admission.num_layers)
+        self.is_stopping = False
 
     @property
     def gate(self) -> Gate:
@@ -45,6 +46,11 @@ class DepthClient:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """As `EngineClient.shutdown`, which answers what is under way and takes nothing new."""
+        self.is_stopping = True
+        self._engine.shutdown(timeout=timeout)
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any

@@ -11,7 +11,7 @@ import copy
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 

@@ -60,7 +60,9 @@ class DecisionMetrics:
             "task",
         )
         self._restarts = counter(
-            "guard_restarts", "Early answers that looped and were begun again at full depth.", "task"
+            "guard_restarts",
+            "Early answers that looped and were begun again at full depth.",
+            "task",
         )
         self._table = gauge("table_info", "The exit table that is loaded.", "version")
         self._table_rows = gauge("table_rows", "Rows of the loaded exit table.", "task")

@@ -1,0 +1,51 @@
+"""At its first layer SmolLM2 repeats itself at once; under the guard the answer is full depth's."""
+
+import urllib.request
+
+import pytest
+
+from raee_serve.server.loops import LoopDetector
+from tests.server.conftest import MODEL
+
+pytestmark = pytest.mark.server
+
+PROMPT, LENGTH = "The capital of France is", 48
+
+
+def ask(served, *, stream, **raee):
+    """(token ids, whether the `raee` object says that it was restarted, usage) of the answer."""
+    answer = served.client.completions.create(
+        model=MODEL,
+        prompt=PROMPT,
+        max_tokens=LENGTH,
+        temperature=0,
+        stream=stream,
+        stream_options={"include_usage": True} if stream else None,
+        extra_body={
+            "raee": {**raee, "explain": True},
+            "ignore_eos": True,
+            "return_token_ids": True,
+        },
+    )
+    chunks = list(answer) if stream else [answer]
+    tokens = [t for chunk in chunks for choice in chunk.choices for t in choice.token_ids]
+    restarted = chunks[0].model_extra["raee"]["prompts"][0].get("restarted", False)
+    return tokens, restarted, chunks[-1].usage
+
+
+def restarts(served):
+    page = urllib.request.urlopen(f"{served.url}/metrics", timeout=30).read().decode()
+    lines = [line for line in page.splitlines() if line.startswith("raee_guard_restarts_total{")]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_early_answer_that_loops_is_full_depths(served, stream):
+    before = restarts(served)
+    looping, is_restarted, _ = ask(served, stream=stream, exit_layer=1)
+    assert LoopDetector().add_all(looping) and not is_restarted
+    full, _, usage = ask(served, stream=stream, exit_layer="full")
+    guarded = ask(served, stream=stream, exit_layer=1, loop_guard=True)
+    assert guarded == (full, True, usage)
+    assert full != looping and usage.completion_tokens == LENGTH
+    assert restarts(served) == before + 1
