@@ -97,10 +97,11 @@ class RaeeMiddleware:
     async def _run(
         self, gate: Gate, admitted: Admitted, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        depths = RequestDepths(admitted.depths)
         send = _with_headers(send, decision_headers(admitted.decisions))
         if admitted.explain:
-            send = with_raee(send, raee_object(admitted.decisions, gate.table_version))
-        depths = RequestDepths(admitted.depths)
+            about = (admitted.decisions, gate.table_version, depths.restarted)
+            send = with_raee(send, lambda: raee_object(*about))
         with request_depths(depths):
             await self.app(scope, receive, send)
         if gate.sampler is not None:

@@ -13,8 +13,8 @@ from raee_serve.errors import RaeeError
 MAX_K = 1024
 """Most neighbours a client may ask for; keeps one request from costing a pass over the table."""
 
-FIELDS = ("exit_layer", "task", "k", "rule", "off", "explain")
-WITHOUT_TABLE = ("exit_layer", "off", "explain")
+FIELDS = ("exit_layer", "task", "k", "rule", "off", "explain", "loop_guard")
+WITHOUT_TABLE = ("exit_layer", "off", "explain", "loop_guard")
 """Fields that mean something on a server without a table."""
 
 
@@ -50,6 +50,7 @@ class RaeeOptions:
 
     exit_layer: 1..num_layers, "full" having been resolved to num_layers; None means "auto".
     off: vanilla vLLM, whatever else is asked for. explain: put the decisions into the answer.
+    loop_guard: begin again at full depth if the answer at an early exit falls into a loop.
     """
 
     exit_layer: int | None = None
@@ -58,6 +59,7 @@ class RaeeOptions:
     rule: str | None = None
     off: bool = False
     explain: bool = False
+    loop_guard: bool | None = None
 
 
 def parse_options(
@@ -93,6 +95,7 @@ def parse_options(
         rule=_one_of("rule", given.get("rule"), rules),
         off=_flag("off", given.get("off", False)),
         explain=_flag("explain", given.get("explain", False)),
+        loop_guard=_flag("loop_guard", given["loop_guard"]) if "loop_guard" in given else None,
     )
 
 
