@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,8 +34,25 @@ def running_server(
     log: file for its output; by default one that is deleted afterwards.
     Raises ServerStartError.
     """
-    port = free_port()
     command = [sys.executable, "-m", "raee_serve.cli", "serve", model, *flags]
+    with running_process(command, log=log, start_timeout_s=start_timeout_s) as (url, _):
+        yield url
+
+
+@contextmanager
+def running_process(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    log: Path | None = None,
+    start_timeout_s: float = 600.0,
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """As `running_server`, of any command that takes vLLM's --host and --port.
+
+    environment: beside this process's own. Also yields the process, the leader of a group of its
+    own that holds all its children.
+    """
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="raee-serve-") as scratch:
         path = log or Path(scratch) / "server.log"
         with path.open("wb") as sink:
@@ -43,13 +60,13 @@ def running_server(
                 [*command, "--host", "127.0.0.1", "--port", str(port)],
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env={**_environment(), **(environment or {})},
                 start_new_session=True,
             )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_healthy(process, url, path, start_timeout_s)
-            yield url
+            yield url, process
         finally:
             _stop(process)
 
