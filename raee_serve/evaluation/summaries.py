@@ -178,7 +178,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="DIR/MODEL is the model's exit table, built unless it is there (default: in --out)",
     )
     parser.add_argument(
-        "--table-rows", type=int, default=500, metavar="N", help="a task (default: 500)"
+        "--table-rows", type=int, default=200, metavar="N", help="a task (default: 200)"
     )
     parser.add_argument(
         "--limit", type=int, default=200, metavar="N", help="test documents a task (default: 200)"
