@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from openai import AsyncOpenAI
@@ -21,6 +21,8 @@ class Answer:
     """A server's answer to one prompt and what its headers say about the decision."""
 
     text: str
+    prompt_tokens: int
+    output_tokens: int
     exit_layer: int
     num_layers: int
     reason: str
@@ -30,13 +32,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Asks `model` at `client`; `raee` goes along with every request beside the task's name."""
+    """Asks `model` at `client`.
+
+    settings: of every request, beside or in place of those that `ask` makes.
+    """
 
     client: AsyncOpenAI
     model: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     async def ask(self, task: Task, text: str, raee: Mapping[str, Any]) -> Answer:
-        """The answer to one text, greedily sampled."""
+        """The answer to one text, greedily sampled; `raee` goes along beside the task's name."""
         start = time.perf_counter()
         prompt = task.render(text)
         common: dict[str, Any] = {
@@ -44,16 +50,21 @@ class Asker:
             "temperature": 0.0,
             "max_tokens": 1 if task.kind == "labels" else SUMMARY_TOKENS,
             "extra_body": {"raee": {"task": task.name, **raee}},
+            **self.settings,
         }
         if isinstance(prompt, str):
             raw = await self.client.completions.with_raw_response.create(prompt=prompt, **common)
-            said = raw.parse().choices[0].text
+            parsed = raw.parse()
+            said = parsed.choices[0].text
         else:
             chat = self.client.chat.completions.with_raw_response
             raw = await chat.create(messages=cast(Any, prompt), **common)
-            said = raw.parse().choices[0].message.content
+            parsed = raw.parse()
+            said = parsed.choices[0].message.content
         return Answer(
             text=said or "",
+            prompt_tokens=parsed.usage.prompt_tokens,
+            output_tokens=parsed.usage.completion_tokens,
             exit_layer=int(raw.headers["x-raee-exit-layer"]),
             num_layers=int(raw.headers["x-raee-num-layers"]),
             reason=raw.headers["x-raee-reason"],
@@ -76,10 +87,10 @@ class Asker:
         return answers, len(texts) / (time.perf_counter() - start)
 
 
-def asker(base_url: str, model: str) -> Asker:
+def asker(base_url: str, model: str, settings: Mapping[str, Any] | None = None) -> Asker:
     """An asker for the server at `base_url`, with or without /v1. The key is OPENAI_API_KEY's."""
     import os
 
     url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    return Asker(AsyncOpenAI(base_url=url, api_key=key), model)
+    return Asker(AsyncOpenAI(base_url=url, api_key=key), model, settings or {})

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raee_serve.table.task import Task
+
+ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 
 MATTHEWS_TASKS = frozenset({"cola"})
 """Tasks whose labels are too uneven for accuracy; the GLUE benchmark scores them so."""
@@ -72,11 +75,15 @@ def matthews(predicted: Sequence[int | None], golds: Sequence[int], num_labels: 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
     """Mean ROUGE-L F1, words stemmed; 0 for none at all."""
+    scores = rouge(answers, references)["rougeL"]
+    return float(scores.mean()) if len(scores) else 0.0
+
+
+def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """[n] F1 of each answer by each of ROUGE_KINDS, words stemmed."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [
-        scorer.score(reference, answer)["rougeL"].fmeasure
-        for answer, reference in zip(answers, references, strict=True)
-    ]
-    return float(np.mean(scores)) if scores else 0.0
+    scorer = RougeScorer(ROUGE_KINDS, use_stemmer=True)
+    pairs = zip(answers, references, strict=True)
+    scores = [scorer.score(reference, answer) for answer, reference in pairs]
+    return {kind: np.array([found[kind].fmeasure for found in scores]) for kind in ROUGE_KINDS}

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 DRAWS = 100_000
 """Resamples, and random outcomes under the null hypothesis."""
+SCORE_DRAWS = 10_000
+"""Of scores, which are drawn one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """difference: mean over tasks of the difference in accuracy; low, high: its bootstrap 95%
-    interval; p: of a two-sided exact test (McNemar's, for one task)."""
+    """difference: mean over tasks of the difference in accuracy (or in another score); low, high:
+    its bootstrap 95% interval; p: of a two-sided test (for accuracy on one task McNemar's)."""
 
     difference: float
     low: float
@@ -47,3 +49,19 @@ def compare(ours: Sequence[NDArray[np.bool_]], theirs: Sequence[NDArray[np.bool_
     return Comparison(
         observed / len(ours), float(low), float(high), float((1 + as_far) / (1 + DRAWS))
     )
+
+
+def compare_scores(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Comparison:
+    """ours, theirs: [n] scores of the same prompts.
+
+    As `compare`, of SCORE_DRAWS; under the null hypothesis either way has the better score as
+    likely as not, so that each difference may have either sign.
+    """
+    rng = np.random.default_rng(0)
+    differences = ours - theirs
+    n, observed = len(differences), float(differences.mean())
+    resampled = differences[rng.integers(0, n, (SCORE_DRAWS, n))].mean(axis=1)
+    by_chance = (differences * rng.choice([-1.0, 1.0], (SCORE_DRAWS, n))).mean(axis=1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    as_far = (np.abs(by_chance) >= abs(observed) - 1e-12).sum()
+    return Comparison(observed, float(low), float(high), float((1 + as_far) / (1 + SCORE_DRAWS)))

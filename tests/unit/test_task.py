@@ -31,8 +31,8 @@ def test_registry_holds_the_published_tasks():
     sentences = {"sst2", "sst5", "mr", "cr", "mpqa", "subj", "trec", "cola"}
     assert sentences | {"ag_news", "cnndm", "xsum"} <= TASKS.keys()
     assert {name for name, task in TASKS.items() if task.kind == "free-text"} == {
-        "cnndm",
-        "xsum",
+        *("cnndm", "cnndm_chat", "cnndm_shots"),
+        *("xsum", "xsum_chat", "xsum_shots"),
         "demo_summary",
     }
 

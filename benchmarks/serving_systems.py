@@ -1,0 +1,109 @@
+"""The OpenAI servers that are compared: vanilla vLLM on whole and cut checkpoints, and this."""
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from raee_serve.evaluation.server_process import running_process
+
+SERVE_FLAGS = ("--enforce-eager", "--no-enable-prefix-caching", "--max-model-len", "2048")
+"""The same for every system. Eager is vanilla's best on CPU: compiled runs no faster there."""
+ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+VANILLA_ENVIRONMENT = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What a server has decided so far. layers: sum of exit layers over `prompts`."""
+
+    prompts: int = 0
+    layers: float = 0.0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def since(self, earlier: "Decided") -> "Decided":
+        return Decided(
+            self.prompts - earlier.prompts,
+            self.layers - earlier.layers,
+            self.reasons - earlier.reasons,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSystem:
+    """A running server that stands still (SIGSTOP) but while it is measured."""
+
+    name: str
+    url: str
+    process: subprocess.Popen[bytes]
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def decided(self) -> Decided:
+        """From its metrics, so while it is awake; nothing for vanilla vLLM."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            return decided_in(answer.read().decode())
+
+
+def decided_in(metrics: str) -> Decided:
+    """What a server's `/metrics` say it has decided."""
+    prompts, layers, reasons = 0, 0.0, Counter[str]()
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            if sample.name == "raee_exit_layer_sum":
+                layers += sample.value
+            elif sample.name == "raee_decisions_total":
+                prompts += int(sample.value)
+                reasons[sample.labels["reason"]] += int(sample.value)
+    return Decided(prompts, layers, reasons)
+
+
+@contextmanager
+def vanilla_server(
+    name: str, checkpoint: Path, model: str, dtype: str, log: Path
+) -> Iterator[ServedSystem]:
+    """vLLM without our plug-in. model: the name by which requests ask for it."""
+    # Not `vllm serve`: that command needs a package named vllm, which the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(checkpoint), "--served-model-name", model]
+    command += ["--dtype", dtype, *SERVE_FLAGS]
+    with _started(name, command, VANILLA_ENVIRONMENT, log) as system:
+        yield system
+
+
+@contextmanager
+def raee_server(
+    model: str, table: str, dtype: str, flags: Sequence[str], log: Path
+) -> Iterator[ServedSystem]:
+    """flags: further ones of `raee-serve serve`."""
+    command = [sys.executable, "-m", "raee_serve.cli", "serve", model, "--table", table]
+    command += ["--dtype", dtype, *SERVE_FLAGS, *flags]
+    with _started("raee-serve", command, ENVIRONMENT, log) as system:
+        yield system
+
+
+@contextmanager
+def _started(
+    name: str, command: Sequence[str], environment: dict[str, str], log: Path
+) -> Iterator[ServedSystem]:
+    print(f"starting {name} ...", flush=True)
+    with running_process(command, environment, log=log) as (url, process):
+        os.killpg(process.pid, signal.SIGSTOP)
+        try:
+            yield ServedSystem(name, url, process)
+        finally:
+            os.killpg(process.pid, signal.SIGCONT)  # or it would not hear that it is to end

@@ -1,0 +1,210 @@
+"""`python -m raee_serve.evaluation.summaries --out DIR`: what early exits do to summaries.
+
+Two backbones summarise news articles greedily, SmolLM2-135M-Instruct in a chat and Gemma-3-270M
+after two examples: at full depth, at fixed exits plain and by shortcut, and at exits retrieved
+under budgets of quality. For each: ROUGE against the references, paired with full depth's, and
+speed, all on one server a backbone. An interrupted run goes on where it was; --out holds the
+answers (MODEL.jsonl), and in the end summaries.json, summaries.md and summaries.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raee_serve.checkpoints import resolve_backbone
+from raee_serve.errors import RaeeError, TaskError
+from raee_serve.evaluation.asking import asker
+from raee_serve.evaluation.run import OWN_SERVER_FLAGS, shuffled_rows
+from raee_serve.evaluation.server_process import running_server
+from raee_serve.evaluation.summary_report import (
+    RowResult,
+    as_fields,
+    as_markdown,
+    draw,
+    published,
+    results,
+)
+from raee_serve.evaluation.summary_turns import Kept, Row, accepted, ask_all, rows_of
+from raee_serve.table.datasets import Example, add_data_argument
+from raee_serve.table.store import ExitTable
+from raee_serve.table.task import Task
+from raee_serve.table.tasks import get_task
+
+TASKS = {
+    "smollm2-135m": ("cnndm_chat", "xsum_chat"),
+    "gemma3-270m": ("cnndm_shots", "xsum_shots"),
+}
+"""The tasks of each backbone that are summarised unless others are named."""
+SERVER_FLAGS = (*OWN_SERVER_FLAGS, "--max-model-len", "2048")
+SEED = 0
+
+Found = dict[str, list[RowResult]]
+"""By task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One backbone's share of the work. examples: of each task, documents already cut."""
+
+    model: str
+    table: str
+    tasks: tuple[Task, ...]
+    examples: Mapping[str, Sequence[Example]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        parts = [part_of(args, model) for model in args.model or TASKS]
+        found = {part.model: summarise(args, part) for part in parts}
+    except RaeeError as error:
+        raise SystemExit(f"summaries: error: {error}") from error
+    print(write(found, args.out), flush=True)
+
+
+def part_of(args: argparse.Namespace, model: str) -> Part:
+    """Raises TaskError for tasks that are no summaries, or whose documents are not there."""
+    names = args.task or TASKS.get(model)
+    if not names:
+        raise TaskError(f"name tasks for {model} (--task); only {', '.join(TASKS)} have defaults")
+    tasks = tuple(get_task(name) for name in names)
+    for task in tasks:
+        if task.kind != "free-text":
+            raise TaskError(f"task {task.name} has label words for answers; allowed: free text")
+    examples = {
+        task.name: [
+            Example(" ".join(row.text.split()[: args.words]), row.gold)
+            for row in shuffled_rows(task, args.data, args.limit, SEED)
+        ]
+        for task in tasks
+    }
+    return Part(model, str((args.tables or args.out / "tables") / model), tasks, examples)
+
+
+def summarise(args: argparse.Namespace, part: Part) -> Found:
+    """Ask for what is not kept yet, and score all of it."""
+    build_table(args, part)
+    table = ExitTable.open(part.table)
+    entries = [table.metadata.tasks[task.name] for task in part.tasks]
+    exits = args.exits or sorted({layer for entry in entries for layer in entry.layers})
+    exits = [layer for layer in exits if layer < table.metadata.backbone.num_layers]
+    named = ("limit", "words", "max_tokens", "concurrency")
+    settings = {
+        "model": part.model,
+        "table": table.state,
+        "tasks": {task.name: task.version for task in part.tasks},
+        **{name: getattr(args, name) for name in named},
+    }
+    kept = Kept(args.out / f"{part.model}.jsonl", settings)
+    with running_server(part.model, ["--table", part.table, *SERVER_FLAGS]) as url:
+        rows = asyncio.run(ask_part(args, part, url, rows_of(exits, args.budgets), kept))
+    return {
+        task.name: results(
+            rows[task.name],
+            [turn for turn in kept.turns if turn.task == task.name],
+            [str(example.gold) for example in part.examples[task.name]],
+        )
+        for task in part.tasks
+    }
+
+
+async def ask_part(
+    args: argparse.Namespace, part: Part, url: str, rows: Sequence[Row], kept: Kept
+) -> dict[str, list[Row]]:
+    """By task, the rows that the server took; all their answers are kept then."""
+    taken: dict[str, list[Row]] = {}
+    for task in part.tasks:
+        examples = part.examples[task.name]
+        server = asker(url, part.model, answer_settings(task, args.max_tokens))
+        taken[task.name] = await accepted(server, task, examples[0].text, rows)
+        await ask_all(server, task, examples, taken[task.name], kept, args.concurrency)
+    return taken
+
+
+def answer_settings(task: Task, max_tokens: int) -> dict[str, Any]:
+    """Of every request. A backbone that only continues texts would go on with the next article."""
+    settings: dict[str, Any] = {"max_tokens": max_tokens}
+    return settings | {"stop": ["\n"]} if isinstance(task.render("a text"), str) else settings
+
+
+def build_table(args: argparse.Namespace, part: Part) -> None:
+    """Of the part's tasks, unless there is one."""
+    if Path(part.table).is_dir():
+        return
+    resolve_backbone(part.model)  # converts it the first time
+    tasks = [flag for task in part.tasks for flag in ("--task", task.name)]
+    command = ["build", "--model", part.model, *tasks, "--table", part.table]
+    command += ["--data", args.data, "--limit", str(args.table_rows)]
+    print(f"$ raee-serve {' '.join(command)}", flush=True)
+    if subprocess.run([sys.executable, "-m", "raee_serve.cli", *command], check=False).returncode:
+        raise RaeeError(f"no table for {part.model}")
+
+
+def write(found: Mapping[str, Found], out: Path) -> str:
+    """Into `out`; the JSON line."""
+    models = {
+        model: {
+            task: {"published_rougeL": published(task), "rows": [as_fields(row) for row in rows]}
+            for task, rows in tasks.items()
+        }
+        for model, tasks in found.items()
+    }
+    line = json.dumps({"models": models})
+    table = as_markdown(found)
+    (out / "summaries.json").write_text(line + "\n", encoding="utf-8")
+    (out / "summaries.md").write_text(table, encoding="utf-8")
+    draw(found, out / "summaries.png")
+    return f"{table}\n{line}"
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--model", action="append", help=f"default: {' and '.join(TASKS)}")
+    parser.add_argument("--task", action="append", help="in place of the model's default tasks")
+    add_data_argument(parser)
+    parser.add_argument(
+        "--tables",
+        type=Path,
+        metavar="DIR",
+        help="DIR/MODEL is the model's exit table, built unless it is there (default: in --out)",
+    )
+    parser.add_argument(
+        "--table-rows", type=int, default=200, metavar="N", help="a task (default: 200)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=200, metavar="N", help="test documents a task (default: 200)"
+    )
+    parser.add_argument(
+        "--words", type=int, default=400, help="of a document, from its beginning (default: 400)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer (default: 64)")
+    parser.add_argument(
+        "--exits",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="fixed exit layers (default: those at which the table knows about its tasks)",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=float,
+        nargs="*",
+        default=[0.98, 0.95, 0.9],
+        metavar="Q",
+        help="shares of full depth's quality to keep (default: 0.98 0.95 0.9)",
+    )
+    parser.add_argument("--concurrency", type=int, default=16, help="default: 16")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

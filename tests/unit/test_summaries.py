@@ -1,0 +1,142 @@
+"""Summaries: turns are kept and not mixed up, rows are scored against full depth's."""
+
+import json
+
+import numpy as np
+import pytest
+
+from raee_serve.errors import RaeeError
+from raee_serve.evaluation.asking import Answer
+from raee_serve.evaluation.metrics import rouge, rouge_l
+from raee_serve.evaluation.paired import compare_scores
+from raee_serve.evaluation.summaries import answer_settings, main
+from raee_serve.evaluation.summary_report import as_fields, as_markdown, draw, published, results
+from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Turn, rows_of
+from raee_serve.table.tasks import get_task
+
+pytestmark = pytest.mark.unit
+
+SETTINGS = {"model": "m", "tasks": {"notes": "abc"}, "limit": 3}
+REFERENCES = ["the dog sleeps", "a cat runs away", "rain all day"]
+
+
+def turn(row: str, first: int, texts: list[str], exit_layer: int = 4, seconds: float = 2.0) -> Turn:
+    answers = tuple(Answer(text, 10, 5, exit_layer, 4, "override", "-", 0.1) for text in texts)
+    return Turn("notes", row, first, seconds, answers)
+
+
+def test_rows_are_full_depth_each_exit_twice_and_the_budgets():
+    rows = rows_of([2, 3], [0.98, 0.9])
+    assert [row.name for row in rows] == [
+        "full depth",
+        *("layer 2", "layer 3"),
+        *("layer 2, shortcut", "layer 3, shortcut"),
+        *("quality 0.98", "quality 0.9"),
+    ]
+    assert rows[3].raee == {"task": None, "exit_layer": 2, "exit_head": "shortcut"}
+    assert rows[-1].raee == {"quality": 0.9}
+    assert len({row.name for row in rows}) == len(rows)
+
+
+def test_turns_come_back_as_they_were_kept(tmp_path):
+    path = tmp_path / "new" / "m.jsonl"
+    kept = Kept(path, SETTINGS)
+    kept.add(turn("full depth", 0, ["ein\u2028Satz", ""]))
+    again = Kept(path, SETTINGS)
+    assert again.turns == kept.turns
+    assert again.has("notes", "full depth", 0)
+    assert not again.has("notes", "full depth", 2) and not again.has("notes", "layer 2", 0)
+
+
+def test_half_a_line_is_asked_again(tmp_path):
+    path = tmp_path / "m.jsonl"
+    Kept(path, SETTINGS).add(turn("full depth", 0, ["a"]))
+    with path.open("a") as file:
+        file.write('{"task": "notes", "row": "lay')
+    kept = Kept(path, SETTINGS)
+    assert len(kept.turns) == 1
+    kept.add(turn("layer 2", 0, ["b"]))
+    assert [t.row for t in Kept(path, SETTINGS).turns] == ["full depth", "layer 2"]
+
+
+def test_answers_under_other_settings_are_not_mixed_in(tmp_path):
+    path = tmp_path / "m.jsonl"
+    Kept(path, SETTINGS)
+    with pytest.raises(RaeeError, match="another --out"):
+        Kept(path, {**SETTINGS, "limit": 4})
+
+
+def test_an_empty_file_is_nobodys(tmp_path):
+    (tmp_path / "m.jsonl").touch()
+    with pytest.raises(RaeeError, match="unknown settings"):
+        Kept(tmp_path / "m.jsonl", SETTINGS)
+
+
+def test_rows_are_scored_beside_full_depth():
+    full = [turn("full depth", 2, REFERENCES[2:]), turn("full depth", 0, REFERENCES[:2])]
+    early = [turn("layer 2", 0, ["the dog sleeps", "no", "no"], exit_layer=2, seconds=2.0)]
+    first, second = results(rows_of([2], [])[:2], full + early, REFERENCES)
+    assert first.rougeL == first.kept == first.depth == first.speedup == 1
+    assert (first.difference, first.low, first.high) == (0, 0, 0)
+    assert second.rouge2 == second.kept == pytest.approx(1 / 3)
+    assert second.difference == pytest.approx(-2 / 3) and second.low == -1 and second.high == 0
+    assert second.depth == 0.5 and second.speedup == 2 and second.reasons == {"override": 3}
+    assert second.tokens_per_s == pytest.approx(3 * 15 / 2)
+    json.dumps(as_fields(second), allow_nan=False)
+
+
+def test_full_depth_that_says_nothing_leaves_nothing_to_keep():
+    [row] = results([FULL_DEPTH], [turn("full depth", 0, ["", "", ""])], REFERENCES)
+    assert row.rougeL == row.kept == 0
+
+
+def test_table_and_picture(tmp_path):
+    rows = rows_of([2, 3], [0.9])
+    turns = [turn(row.name, 0, REFERENCES) for row in rows]
+    found = {"m": {"xsum_chat": results(rows, turns, REFERENCES)}}
+    table = as_markdown(found)
+    assert "### m, xsum_chat" in table and "The paper: ROUGE-L 7.15." in table
+    lines = table.splitlines()
+    assert len([line for line in lines if line.startswith("| layer")]) == 4
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    draw(found, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_paper_has_two_data_sets():
+    assert published("cnndm_shots") == 0.1401
+    assert published("demo_summary") is None
+
+
+def test_rouge_of_each_answer():
+    scores = rouge(["the dogs sleep", "x"], ["the dog sleeps", "y"])
+    assert scores["rouge1"].tolist() == scores["rougeL"].tolist() == [1, 0]  # words are stemmed
+    assert rouge_l(["the dogs sleep", "x"], ["the dog sleeps", "y"]) == 0.5
+    assert rouge_l([], []) == 0
+
+
+def test_scores_that_differ_by_chance_alone():
+    rng = np.random.default_rng(1)
+    theirs = rng.uniform(size=200)
+    same = compare_scores(theirs + rng.normal(0, 0.1, 200), theirs)
+    assert same.low < 0 < same.high and same.p > 0.05
+    better = compare_scores(theirs + rng.normal(0.05, 0.1, 200), theirs)
+    assert 0.03 < better.low < better.difference < better.high < 0.07 and better.p < 0.001
+
+
+def test_who_only_continues_stops_at_the_end_of_the_line():
+    assert answer_settings(get_task("xsum_shots"), 8) == {"max_tokens": 8, "stop": ["\n"]}
+    assert answer_settings(get_task("xsum_chat"), 8) == {"max_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "smollm2-135m", "--task", "demo_sentiment"], "allowed: free text"),
+        (["--model", "elsewhere/model"], "name tasks for elsewhere/model"),
+        (["--data", "/nowhere"], "/nowhere/cnndm/test.jsonl"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["--out", str(tmp_path), *arguments])
