@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,11 +22,6 @@ from torch.nn import functional
 
 from raee_serve.errors import BindingError, RaeeError, TableError
 from raee_serve.fingerprint import BackboneIdentity
-
-ExitHead = Literal["plain", "shortcut"]
-"""What turns the state after an exit layer into logits: final norm and LM head, or the same after
-the layer's shortcut."""
-EXIT_HEADS: tuple[ExitHead, ...] = ("plain", "shortcut")
 
 FORMAT = 1
 """Raised whenever the file changes in a way older readers would misread."""

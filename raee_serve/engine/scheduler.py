@@ -12,7 +12,7 @@ from vllm.v1.request import Request
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.kv_cache import is_split
 from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, shortcuts_of
-from raee_serve.shortcuts import ExitHead
+from raee_serve.records import ExitHead
 from raee_serve_patches.depth_kv_cache import bring_kv_cache_manager
 from raee_serve_patches.request_salt import salt_block_hashes
 

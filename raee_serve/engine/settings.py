@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from raee_serve.engine.segments import parse_count
 from raee_serve.errors import RaeeError
-from raee_serve.shortcuts import EXIT_HEADS, ExitHead, Shortcuts
+from raee_serve.records import EXIT_HEADS, ExitHead
+from raee_serve.shortcuts import Shortcuts
 
 OFF_VARIABLE = "RAEE_OFF"
 """Kill switch: set to 1, everything is vanilla vLLM: its own models, scheduler and worker."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raee_serve.shortcuts import EXIT_HEADS
+from raee_serve.records import EXIT_HEADS
 from raee_serve.table.schema import TaskEntry, TaskRows
 
 AGREEMENT = 0.9

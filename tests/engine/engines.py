@@ -15,7 +15,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import StructuredOutputsParams
 
 from raee_serve.engine.settings import engine_options, exit_args
-from raee_serve.shortcuts import ExitHead
+from raee_serve.records import ExitHead
 from tests.engine.workload import CHUNK
 
 ENGINE_ARGS: dict[str, Any] = {
