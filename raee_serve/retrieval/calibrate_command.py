@@ -53,8 +53,9 @@ class Budget:
             bound = -1.0
         if found is None or not 0 <= bound <= 1:
             raise RaeeError(
-                f"--budget is {text!r}; allowed: 'accuracy>=X' (label words), 'quality>=X' (free "
-                "text) or 'depth<=Y' with X and Y within 0..1 (depth as a share of full depth)"
+                f"--budget is {text!r}; allowed: 'accuracy>=X' or 'depth<=Y' (for free text "
+                "'quality>=X' or 'depth<=Y') with X and Y within 0..1 (depth as a share of full "
+                "depth)"
             )
         return cls(cast(Literal["accuracy", "quality"], found[2]) if found[2] else "depth", bound)
 

@@ -14,8 +14,8 @@ from raee_serve.records import EXIT_HEADS, ExitHead
 MAX_K = 1024
 """Most neighbours a client may ask for; keeps one request from costing a pass over the table."""
 
-FIELDS = ("exit_layer", "exit_head", "task", "k", "rule", "quality", "off", "explain")
-WITHOUT_TABLE = ("exit_layer", "exit_head", "off", "explain")
+FIELDS = ("exit_layer", "task", "k", "rule", "off", "explain", "exit_head", "quality")
+WITHOUT_TABLE = ("exit_layer", "off", "explain", "exit_head")
 """Fields that mean something on a server without a table."""
 
 
