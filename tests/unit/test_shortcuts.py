@@ -197,8 +197,8 @@ def test_scores_through_shortcuts_are_those_of_the_cut_model(make, tmp_path, smo
     maps = random_shortcuts(checkpoint, (1, 3))
     probe = LayerProbe(checkpoint, torch.float32, maps)
     prompts, references = tokens(3, 3, 9), tokens(4, 3, 5)
-    logprob, agreement = probe.reference_scores(prompts, references, (2, NUM_LAYERS))
-    assert logprob.shape == agreement.shape == (3, 4)
+    logprob, agreement, hits = probe.reference_scores(prompts, references, (2, NUM_LAYERS))
+    assert logprob.shape == agreement.shape == hits.shape == (3, 4)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     layers = model.model.layers
     for row, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
@@ -240,10 +240,13 @@ def test_a_build_records_both_heads(table, probe, encoder, shortcuts):
     assert (entry.layers, entry.shortcut_layers) == ((2, 3, 4), (2, 3))
     assert entry.shortcuts == shortcuts.digest and entry.num_exits == 5
     rows = opened.rows("xsum")
-    assert rows.agreement.shape == (3, 5) and (rows.agreement[:, 2] == 1).all()
+    assert (
+        rows.agreement.shape == rows.reference_hits.shape == (3, 5)
+        and (rows.agreement[:, 2] == 1).all()
+    )
     probe.shortcuts = None
-    expected, _ = probe.reference_scores([[5, 6, 7]], [[8, 9]], (2, 3, 4))
-    assert expected.shape == (1, 3)
+    scores = probe.reference_scores([[5, 6, 7]], [[8, 9]], (2, 3, 4))
+    assert [part.shape for part in scores] == [(1, 3)] * 3
     assert opened.metadata.tasks["sst2"].shortcut_layers == ()  # label words are left without
 
 
@@ -344,7 +347,7 @@ def test_another_backbones_are_refused_by_a_build(data, tmp_path, smollm2, check
 def test_agreement_does_not_depend_on_the_batch(probe, shortcuts):
     probe.shortcuts = shortcuts
     prompts, references = tokens(6, 4, 12), tokens(7, 4, 6)
-    together, _ = probe.reference_scores(prompts, references, (2, NUM_LAYERS))
+    together, *_ = probe.reference_scores(prompts, references, (2, NUM_LAYERS))
     alone = [
         probe.reference_scores([p], [r], (2, NUM_LAYERS))[0]
         for p, r in zip(prompts, references, strict=True)
