@@ -41,7 +41,6 @@ class FreeTextLeaveOneOut:
     ) -> None:
         self._evidence, self._quality = evidence[:, None], quality
         self.num_rows, _, self.num_layers = quality.shape
-        self._full = max(float(quality[:, 0, -1].mean()), np.finfo(np.float32).tiny)
         most = min(max(NEIGHBOURS), self.num_rows - 1)
         found = list(nearest_others(vectors, np.arange(self.num_rows), vectors, most))
         self._nearest, self._similarities = map(np.concatenate, zip(*found, strict=True))
@@ -54,7 +53,8 @@ class FreeTextLeaveOneOut:
         layers, heads = self._exits(choice)
         own = self._quality[np.arange(self.num_rows), heads, layers - 1]
         depth = float(layers.mean() / self.num_layers)
-        return Outcome(choice, float(own.mean()) / self._full, depth)
+        full = float(self._quality[:, 0, -1].mean())
+        return Outcome(choice, float(own.mean()) / full if full else 0.0, depth)
 
     def every_outcome(self) -> Iterator[Outcome]:
         """Of rule `quality`, with the settings that this module lists."""

@@ -240,10 +240,8 @@ def test_a_build_records_both_heads(table, probe, encoder, shortcuts):
     assert (entry.layers, entry.shortcut_layers) == ((2, 3, 4), (2, 3))
     assert entry.shortcuts == shortcuts.digest and entry.num_exits == 5
     rows = opened.rows("xsum")
-    assert (
-        rows.agreement.shape == rows.reference_hits.shape == (3, 5)
-        and (rows.agreement[:, 2] == 1).all()
-    )
+    assert rows.agreement.shape == rows.reference_hits.shape == (3, 5)
+    assert (rows.agreement[:, 2] == 1).all()
     probe.shortcuts = None
     scores = probe.reference_scores([[5, 6, 7]], [[8, 9]], (2, 3, 4))
     assert [part.shape for part in scores] == [(1, 3)] * 3
