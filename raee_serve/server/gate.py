@@ -66,14 +66,14 @@ class Admitted:
     def _depth(self, decision: ExitDecision) -> PromptDepth:
         words = self.plan.label_tokens.get(decision.task or "", ())
         if decision.reason is not Reason.RETRIEVED or not words:
-            return PromptDepth(decision.exit_layer)
+            return PromptDepth(decision.exit_layer, exit_head=decision.exit_head)
         bias: tuple[tuple[int, float], ...] = ()
         if decision.label_bias:
             pairs = zip(words, decision.label_bias, strict=True)
             bias = tuple((token, value) for tokens, value in pairs for token in tokens)
         steers = self.plan.is_choice and (bool(bias) or not decision.is_full)
         first = tuple(sorted(token for tokens in words for token in tokens)) if steers else ()
-        return PromptDepth(decision.exit_layer, bias, first)
+        return PromptDepth(decision.exit_layer, bias, first, exit_head=decision.exit_head)
 
 
 @dataclass(frozen=True)

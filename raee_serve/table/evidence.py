@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from raee_serve.records import EXIT_HEADS
 from raee_serve.table.schema import TaskEntry, TaskRows
 
 AGREEMENT = 0.9
@@ -24,7 +25,33 @@ def evidence_of(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np
         assert rows.label_logprobs is not None and rows.golds is not None
         return label_evidence(rows.label_logprobs, rows.golds)
     assert rows.reference_logprob is not None and rows.agreement is not None
-    return free_text_evidence(rows.reference_logprob, rows.agreement, entry.layers, num_layers)
+    plain = slice(len(entry.layers))
+    logprob, agreement = rows.reference_logprob[:, plain], rows.agreement[:, plain]
+    return free_text_evidence(logprob, agreement, entry.layers, num_layers)
+
+
+def free_text_quality(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np.float32]:
+    """[n, len(EXIT_HEADS), num_layers], within 0..1: how well each exit does on the rows of a
+    free-text task; 0 for exits that were not probed.
+
+    The share of the reference's tokens that the exit predicts, given those before. Of rows that do
+    not record it their agreement with full depth.
+    """
+    quality = rows.agreement if rows.reference_hits is None else rows.reference_hits
+    assert quality is not None, f"task {entry.name} is not of free text"
+    plain = len(entry.layers)
+    by_exit = np.zeros((len(quality), len(EXIT_HEADS), num_layers), np.float32)
+    by_exit[:, 0, np.array(entry.layers) - 1] = quality[:, :plain]
+    by_exit[:, 1, np.array(entry.shortcut_layers, int) - 1] = quality[:, plain:]
+    return by_exit
+
+
+def kept_quality(quality: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[n, heads, num_layers] quality of rows -> [heads, num_layers] of full depth's that each exit
+    keeps on all of them; 0 where full depth has none."""
+    sums = quality.sum(axis=0, dtype=np.float64)
+    full = sums[0, -1]
+    return sums / full if full > 0 else np.zeros_like(sums)
 
 
 def label_evidence(scores: NDArray[np.floating], golds: NDArray[np.int32]) -> NDArray[np.float32]:
