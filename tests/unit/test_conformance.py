@@ -27,6 +27,11 @@ def test_ids_times_and_noise_are_no_difference():
     assert differences(normal(one), normal(other)) == []
 
 
+def test_a_number_may_be_written_without_its_fraction_but_counts_count():
+    assert differences(normal(body(logprob=0)), normal(body(logprob=-0.001))) == []
+    assert differences({"a": 0}, {"a": 1})
+
+
 @pytest.mark.parametrize(
     "other",
     [

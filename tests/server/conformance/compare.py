@@ -41,9 +41,15 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
         return [d for n, pair in pairs for d in differences(*pair, f"{at}[{n}]")]
-    if isinstance(one, float) and isinstance(other, float) and abs(one - other) < LOGPROB_NOISE:
+    if _is_measured(one, other) and abs(one - other) < LOGPROB_NOISE:
         return []
     return [] if one == other else [f"{at}: {_short(one)} | {_short(other)}"]
+
+
+def _is_measured(one: Any, other: Any) -> bool:
+    """Whether they are numbers and not both counts; JavaScript writes 0.0 as 0."""
+    kinds = {type(one), type(other)}
+    return float in kinds and kinds <= {int, float}
 
 
 def shape(value: Any, name: str = "") -> Any:
