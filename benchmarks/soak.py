@@ -232,11 +232,10 @@ class MemoryWatch:
     def _line(name: str, minutes: np.ndarray, used: np.ndarray) -> dict[str, Any]:
         slope = float(np.polyfit(minutes - minutes[0], used, 1)[0])
         growth = slope * float(minutes[-1] - minutes[0])
+        shown = used[np.linspace(0, len(used) - 1, SHOWN).astype(int)]
         return {
             "process": name,
-            "mb": [
-                round(float(mb)) for mb in used[np.linspace(0, len(used) - 1, SHOWN).astype(int)]
-            ],
+            "mb": [round(float(mb)) for mb in shown],
             "mb_per_minute": round(slope, 3),
             "is_flat": bool(growth <= MAX_GROWTH * used[0]),
         }
