@@ -6,8 +6,8 @@ the same prompt, whatever else is in the batch. Prompts run at random depths, so
 - answered, aborted: requests. lost: neither aborted nor answered within ANSWER_TIMEOUT_S, or with
   an error. crossed: answered with other tokens, or to another prompt.
 - left: what the engine says it still holds when all is over: requests, and the share of KV blocks.
-- memory: of each process after the warm-up (a quarter of the time) and at the end, and the slope
-  of a line through what was sampled between.
+- memory: of each process, from the end of the warm-up (a quarter of the time) on: some samples,
+  and the slope of a line through all of them.
 """
 
 import argparse
@@ -44,6 +44,8 @@ MOST_TOKENS, LEAST_TOKENS = 24, 2
 MIN_MARGIN = 0.2
 """Between the two best tokens' log-probabilities: what is nearer may change with the batch."""
 SAMPLE_S = 2.0
+SHOWN = 8
+"""Samples of each process that are reported."""
 MAX_GROWTH = 0.05
 """Of a process's memory, over the time after the warm-up, within which it counts as flat."""
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
@@ -230,10 +232,10 @@ class MemoryWatch:
     def _line(name: str, minutes: np.ndarray, used: np.ndarray) -> dict[str, Any]:
         slope = float(np.polyfit(minutes - minutes[0], used, 1)[0])
         growth = slope * float(minutes[-1] - minutes[0])
+        shown = used[np.linspace(0, len(used) - 1, SHOWN).astype(int)]
         return {
             "process": name,
-            "mb_after_warm_up": round(float(used[0]), 1),
-            "mb_at_end": round(float(used[-1]), 1),
+            "mb": [round(float(mb)) for mb in shown],
             "mb_per_minute": round(slope, 3),
             "is_flat": bool(growth <= MAX_GROWTH * used[0]),
         }

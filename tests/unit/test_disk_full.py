@@ -39,7 +39,7 @@ def started(tmp_path, smollm2, capsys):
     return command, uri
 
 
-@pytest.mark.parametrize("num_bytes", [0, 3000, 16_000])
+@pytest.mark.parametrize("num_bytes", [0, 3000])
 @pytest.mark.parametrize("options", [[], ["--replace"]], ids=["add", "replace"])
 def test_a_full_disk_ends_the_build_and_costs_nothing(
     num_bytes, options, started, capsys, monkeypatch

@@ -64,7 +64,7 @@ class Front:
     """The front end with a real gate; the engine behind it only notes."""
 
     def __init__(self, uri, tokenizer, **settings):
-        settings = {"lookup_timeout_ms": 60_000, **settings}
+        settings = {"lookup_timeout_ms": 60_000, "encoder_backend": "torch", **settings}
         self.loader = TableLoader(DepthSettings(uri, **settings), BACKBONE, tokenizer, [])
         self.server, self.registry = Server(), CollectorRegistry()
         metrics = DecisionMetrics(NUM_LAYERS, self.registry)
