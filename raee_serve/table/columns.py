@@ -92,12 +92,11 @@ def _agreement_and_hits(
         if not pc.any(older).as_py():
             both = _matrix(columns, "agreement", (shape[0], 2 * width))
             return both[:, :width], both[:, width:]
-        position = columns.column_names.index("agreement")
-        columns = columns.set_column(
-            position,
-            "agreement",
-            pc.list_slice(column, 0, width),  # the others' first part
+        position, first_part = (
+            columns.column_names.index("agreement"),
+            pc.list_slice(column, 0, width),
         )
+        columns = columns.set_column(position, "agreement", first_part)
     return _matrix(columns, "agreement", shape), None
 
 

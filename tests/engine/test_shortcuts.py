@@ -78,10 +78,9 @@ def test_a_mixed_batch_equals_the_reference(checkpoint, stored):
     "changes",
     [
         {"num_gpu_blocks_override": 7, "max_model_len": 256, "disable_log_stats": False},
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
         {"kv_segments": 3},
     ],
-    ids=["preemption", "speculation", "kv-by-depth"],
+    ids=["preemption", "kv-by-depth"],
 )
 def test_other_features_leave_it_the_same(llama, stored, changes):
     changes = dict(changes)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from raee_serve import cli
+from raee_serve.engine.settings import OFF_VARIABLE, shortcuts_of
 from raee_serve.errors import BindingError, RaeeError, TableError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
+from raee_serve.server.launch import _engine_options
+from raee_serve.server.settings import DepthSettings
 from raee_serve.shortcuts import FILE_NAME, Shortcuts, beside_table, find_shortcuts
 from raee_serve.table.build import TaskBuilder
 from raee_serve.table.datasets import Example
@@ -301,6 +305,29 @@ def test_fit_then_build_then_refit(checkpoint, data, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["table", "info", uri]) == 0
     assert "quality kept by the shortcut head at layer  2: " in capsys.readouterr().out
+    asked = ["preview", "--table", uri, "--model", str(checkpoint), "--task", "xsum"]
+    asked += ["--prompt", DOCUMENTS[0]]
+    assert cli.main([*asked, "--quality", "0.5"]) == 0
+    told = capsys.readouterr()
+    assert "evidence by layer, shortcut head:" in told.out
+    assert re.search(r"shortcuts [0-9a-f]{12} at layers 2, 3", told.err)
+    assert cli.main([*fit, "--replace", "--tokens", "250"]) == 0
+    assert cli.main(asked) == 1
+    assert "were probed through shortcuts" in capsys.readouterr().err
+
+
+def test_a_server_hands_them_to_the_engine(tmp_path, shortcuts, monkeypatch):
+    monkeypatch.delenv(OFF_VARIABLE, raising=False)
+    args = Namespace(kv_segments="1")
+    beside = DepthSettings(table=str(tmp_path))
+    assert "additional_config" not in _engine_options(args, beside)
+    shortcuts.save(tmp_path / FILE_NAME)
+    given = DepthSettings(exit_layer="full", shortcuts_file=str(tmp_path / FILE_NAME))
+    for settings in (beside, given):
+        config = _engine_options(args, settings)["additional_config"]
+        assert shortcuts_of(config).digest == shortcuts.digest
+    monkeypatch.setenv(OFF_VARIABLE, "1")
+    assert "additional_config" not in _engine_options(args, beside)
 
 
 def test_build_fits_them_where_there_are_none(checkpoint, data, tmp_path, capsys):
