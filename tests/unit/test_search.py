@@ -140,7 +140,7 @@ def test_rows_of_several_tasks_are_numbered_task_by_task():
 
 def test_a_task_is_loaded_alike_with_and_without_vectors_however_it_is_cut(uri, monkeypatch):
     table = ExitTable.open(uri)
-    options = {"max_distance": None, "fraction": None, "vote_weight": None}
+    options = {"max_distance": None, "fraction": None, "vote_weight": None, "quality": None}
     whole = load_task(table, "mr", keep_vectors=True, **options)
     monkeypatch.setattr("raee_serve.retrieval.task_index.AT_ONCE", 7)
     cut = load_task(table, "mr", keep_vectors=False, **options)
@@ -152,7 +152,7 @@ def test_a_task_is_loaded_alike_with_and_without_vectors_however_it_is_cut(uri, 
 
 def test_in_a_large_task_a_sample_votes(uri, monkeypatch):
     table = ExitTable.open(uri)
-    options = {"max_distance": None, "fraction": None, "vote_weight": None}
+    options = {"max_distance": None, "fraction": None, "vote_weight": None, "quality": None}
     whole = load_task(table, "cr", keep_vectors=True, **options)
     monkeypatch.setattr("raee_serve.retrieval.task_index.ALL_VOTE", 70)
     monkeypatch.setattr("raee_serve.retrieval.task_index.VOTERS", 60)
