@@ -4,6 +4,7 @@ from connection import argument_parser, connect
 
 MEANINGS = {
     "x-raee-exit-layer": "decoder layers that were run",
+    "x-raee-exit-head": "what turned the last layer's state into logits",
     "x-raee-num-layers": "decoder layers there are",
     "x-raee-reason": "why this many",
     "x-raee-task": "task that the prompt belongs to",

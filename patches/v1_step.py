@@ -69,6 +69,7 @@ class V1Step:
             [query_lens[r] for r in request_ids],
             self._num_layers,
             [self._wanted_rows(r, query_lens[r]) for r in request_ids],
+            [r in self._scheduler_output.shortcuts for r in request_ids],
         )
         if plan is None or plan.is_plain:
             return plan

@@ -26,6 +26,11 @@ class Command:
 
 COMMANDS = (
     Command("build", "raee_serve.table.build_command", "build an exit table for a backbone"),
+    Command(
+        "shortcuts fit",
+        "raee_serve.table.shortcuts_command",
+        "fit exit shortcuts, which let free text exit earlier",
+    ),
     Command("table info", "raee_serve.table.info_command", "show what an exit table holds"),
     Command("table history", "raee_serve.table.history_command", "list an exit table's versions"),
     Command("table rollback", "raee_serve.table.rollback_command", "return to an old version"),

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from raee_serve.errors import RaeeError
 from raee_serve.explanation import Explanation
+
+ExitHead = Literal["plain", "shortcut"]
+"""What turns the state after an exit layer into logits: final norm and LM head, or the same after
+the layer's shortcut (`shortcuts.py`)."""
+EXIT_HEADS: tuple[ExitHead, ...] = ("plain", "shortcut")
 
 
 class Reason(StrEnum):
@@ -34,7 +40,8 @@ class ExitDecision:
     lookup_ms: wall time of the look-up this decision was part of.
     label_bias: what the exit's head adds to the logits of the task's label words, in their order;
         empty for the plain head.
-    head: the exit's head, see `retrieval.heads`.
+    head: where label words are biased the head that does it, see `retrieval.heads`.
+    exit_head: what turns the state after the exit layer into logits; plain at full depth.
     explanation: where one was asked for and a look-up was made.
     decided_layer: for SHADOW, the exit layer that is not run.
     """
@@ -49,10 +56,13 @@ class ExitDecision:
     head: str = "plain"
     explanation: Explanation | None = None
     decided_layer: int | None = None
+    exit_head: ExitHead = "plain"
 
     def __post_init__(self) -> None:
         if not 1 <= self.exit_layer <= self.num_layers:
             raise RaeeError(f"exit layer {self.exit_layer} is not within 1..{self.num_layers}")
+        if self.is_full and self.exit_head != "plain":
+            raise RaeeError(f"full depth has no {self.exit_head} head")
 
     @classmethod
     def full(

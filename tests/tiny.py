@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
 )
+
+from raee_serve.fingerprint import identify_backbone
+from raee_serve.shortcuts import Shortcut, Shortcuts
 
 SIZES = {
     "vocab_size": 64,
@@ -154,3 +158,11 @@ def tokenized(model: PreTrainedModel, directory: Path, tokenizer: Path) -> Path:
     for file in TOKENIZER_FILES:
         shutil.copy(tokenizer / file, directory / file)
     return directory
+
+
+def random_shortcuts(checkpoint: Path, layers: Sequence[int], seed: int = 0) -> Shortcuts:
+    """Maps of a checkpoint that change what most rows say, and are far from leaving it alone."""
+    torch.manual_seed(seed)
+    hidden = json.loads((checkpoint / "config.json").read_text())["hidden_size"]
+    maps = {d: Shortcut(torch.randn(hidden, hidden), torch.randn(hidden)) for d in layers}
+    return Shortcuts(identify_backbone(checkpoint), maps)

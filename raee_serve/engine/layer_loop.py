@@ -1,6 +1,6 @@
 """The one decoder loop that every supported architecture shares."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from raee_serve.engine.plan import Stage, TruncationPlan
+from raee_serve.shortcuts import Shortcut
 
 
 def run_truncated(
@@ -19,6 +20,7 @@ def run_truncated(
     inputs_embeds: torch.Tensor | None = None,
     *,
     residual_norm: str,
+    shortcuts: Mapping[int, Shortcut] | None = None,
     enter_stage: Callable[[Stage], None] | None = None,
     **layer_kwargs: Any,
 ) -> torch.Tensor:
@@ -28,6 +30,7 @@ def run_truncated(
         `layer(positions, hidden, residual)`) and `norm` (called as `norm(hidden, residual)`).
     input_ids, positions: [T]; inputs_embeds: [T, hidden_size], used instead of `input_ids`.
     residual_norm: name of the norm in which a layer adds its attention output to the residual.
+    shortcuts: by exit layer, those that the plan asks for; in the model's dtype.
     enter_stage: called before the layers of each stage run.
     Returns [T, hidden_size], in batch order; rows that the plan does not want hold the state of
     another row of their request.
@@ -55,6 +58,9 @@ def run_truncated(
                 continue
             with keeping_rows(layer, residual_norm, stage.kept_rows):
                 hidden, residual = layer(positions, hidden, residual, **layer_kwargs)
+        if stage.num_shortcut:
+            assert shortcuts is not None, f"no shortcut at layer {stage.end_layer}"
+            take_shortcut(hidden, residual, stage.num_shortcut, shortcuts[stage.end_layer])
     if left:
         left.append((hidden, residual))
         hidden = torch.cat([part for part, _ in reversed(left)])
@@ -62,6 +68,18 @@ def run_truncated(
 
     hidden, _ = decoder.norm(hidden, residual)
     return hidden if plan.row_place is None else hidden[plan.row_place]
+
+
+def take_shortcut(
+    hidden: torch.Tensor, residual: torch.Tensor, num_rows: int, shortcut: Shortcut
+) -> None:
+    """Put the last rows' state, in place, where the shortcut sees the last layer's.
+
+    What the final norm is to add up is then the mapped state and nothing.
+    """
+    rows = slice(hidden.shape[0] - num_rows, None)
+    hidden[rows] = shortcut(hidden[rows] + residual[rows])
+    residual[rows] = 0
 
 
 @contextmanager

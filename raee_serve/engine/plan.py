@@ -7,10 +7,13 @@ layers, and everything indexed by row or by request shrinks by narrowing.
 In its last layer a request needs the keys and values of all its rows, for later steps read
 them, but attention output and MLP only of the rows whose hidden state somebody wants: those
 that are sampled or scored. A long prompt wants one row of its last layer.
+
+Of the requests that leave after a layer those with a shortcut stand last, so that their wanted
+rows, too, are the end of the tensors they leave from.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -28,6 +31,7 @@ class Stage:
         all rows write keys and values there, only these go on to its attention and MLP.
     query_start_loc: [num_requests + 1] int32, first kept row of each request, then their number.
     max_query_len: the most kept rows of one request.
+    num_shortcut: so many of its last rows leave after it through the shortcut of `end_layer`.
     """
 
     first_layer: int
@@ -37,6 +41,7 @@ class Stage:
     query_start_loc: torch.Tensor
     max_query_len: int
     kept_rows: torch.Tensor | None = None
+    num_shortcut: int = 0
 
     @property
     def num_kept(self) -> int:
@@ -64,8 +69,10 @@ class TruncationPlan:
 
     @property
     def is_plain(self) -> bool:
-        """All rows run the same layers whole: vLLM's own attention state serves every layer."""
-        return len(self.stages) == 1 and self.stages[0].kept_rows is None
+        """All rows run the same layers whole, in batch order: vLLM's own attention state serves
+        every layer."""
+        [first, *others] = self.stages
+        return not others and first.kept_rows is None and self.row_order is None
 
 
 def plan_truncation(
@@ -73,6 +80,7 @@ def plan_truncation(
     query_lens: Sequence[int],
     num_layers: int,
     wanted_lens: Sequence[int] | None = None,
+    shortcuts: Sequence[bool] | None = None,
 ) -> TruncationPlan | None:
     """Plan a step, or return `None` when every request runs all layers.
 
@@ -80,17 +88,20 @@ def plan_truncation(
     query_lens: [R], token rows each request has in this step, each at least 1.
     wanted_lens: [R], how many of each request's rows, counted from its last, are wanted after
         its last layer; each in 1..query_len. All of them by default.
+    shortcuts: [R], whether its wanted rows leave through the shortcut of its exit layer; never at
+        full depth. None of them by default.
     Raises `ValueError` for a value out of range or arrays of unequal length.
     """
     exits = np.asarray(exit_layers, dtype=np.int64)
     lens = np.asarray(query_lens, dtype=np.int64)
     wanted = lens if wanted_lens is None else np.asarray(wanted_lens, dtype=np.int64)
-    _check(exits, lens, wanted, num_layers)
+    short = np.zeros(len(exits), bool) if shortcuts is None else np.asarray(shortcuts, dtype=bool)
+    _check(exits, lens, wanted, short, num_layers)
     if exits.min() == num_layers:
         return None
-    order = np.argsort(-exits, kind="stable")
+    order = np.lexsort((short, -exits))
     in_order = bool((order[1:] > order[:-1]).all())
-    stages = _stages(exits[order], lens[order], wanted[order])
+    stages = _stages(exits[order], lens[order], wanted[order], short[order])
     num_rows = int(lens.sum())
     if in_order and wanted.sum() == num_rows:
         return TruncationPlan(num_rows, stages)
@@ -103,20 +114,27 @@ def plan_truncation(
     )
 
 
-def _check(exits: np.ndarray, lens: np.ndarray, wanted: np.ndarray, num_layers: int) -> None:
-    if not exits.shape == lens.shape == wanted.shape or exits.ndim != 1 or exits.size == 0:
+def _check(
+    exits: np.ndarray, lens: np.ndarray, wanted: np.ndarray, short: np.ndarray, num_layers: int
+) -> None:
+    shapes = {exits.shape, wanted.shape, short.shape, lens.shape}
+    if len(shapes) > 1 or exits.ndim != 1 or exits.size == 0:
         raise ValueError(
-            f"{exits.shape} exit layers and {wanted.shape} wanted lengths for {lens.shape} "
-            "requests; one for each"
+            f"{exits.shape} exit layers, {short.shape} heads and {wanted.shape} wanted lengths for "
+            f"{lens.shape} requests; one for each"
         )
+    if short[exits == num_layers].any():
+        raise ValueError(f"a shortcut at full depth; allowed: at exit layers 1..{num_layers - 1}")
     if exits.min() < 1 or exits.max() > num_layers:
         raise ValueError(f"exit layers {exits.tolist()}; allowed: 1..{num_layers}")
     if wanted.min() < 1 or (wanted > lens).any():
         raise ValueError(f"wanted lengths {wanted.tolist()}; allowed: 1..{lens.tolist()}")
 
 
-def _stages(exits: np.ndarray, lens: np.ndarray, wanted: np.ndarray) -> tuple[Stage, ...]:
-    """Stages of requests given deepest first; the shallowest exits end the first ones."""
+def _stages(
+    exits: np.ndarray, lens: np.ndarray, wanted: np.ndarray, short: np.ndarray
+) -> tuple[Stage, ...]:
+    """Stages of requests given in plan order; the shallowest exits end the first ones."""
     stages: list[Stage] = []
     boundaries = [0, *np.unique(exits).tolist()]
     alive = [int(np.searchsorted(-exits, -d, side="right")) for d in boundaries[1:]] + [0]
@@ -124,10 +142,12 @@ def _stages(exits: np.ndarray, lens: np.ndarray, wanted: np.ndarray) -> tuple[St
         kept = np.concatenate((lens[:go_on], wanted[go_on:stay]))
         drops_rows = not np.array_equal(kept, lens[:stay])
         whole = end - 1 if drops_rows else end
+        num_shortcut = int(wanted[go_on:stay][short[go_on:stay]].sum())
         if whole > first:
             stages.append(_stage(first, whole, lens[:stay]))
         if drops_rows:
             stages.append(_stage(whole, end, lens[:stay], kept))
+        stages[-1] = replace(stages[-1], num_shortcut=num_shortcut)
     return tuple(stages)
 
 

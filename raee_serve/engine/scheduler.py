@@ -1,7 +1,6 @@
 """Scheduler that carries each scheduled request's exit layer to the worker."""
 
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
@@ -12,7 +11,8 @@ from vllm.v1.request import Request
 
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.kv_cache import is_split
-from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, shortcuts_of
+from raee_serve.records import ExitHead
 from raee_serve_patches.depth_kv_cache import bring_kv_cache_manager
 from raee_serve_patches.request_salt import salt_block_hashes
 
@@ -25,9 +25,11 @@ class TruncatedSchedulerOutput(SchedulerOutput):
 
     exit_layers: request id to exit layer (1..num_layers) for every request scheduled in this
     step; the mask is `layer < exit_layer` for each layer of each request.
+    shortcuts: ids of those among them that leave through the shortcut of their exit layer.
     """
 
     exit_layers: dict[str, int] = field(default_factory=dict)
+    shortcuts: frozenset[str] = frozenset()
 
 
 class TruncatingScheduler(Scheduler):
@@ -40,25 +42,30 @@ class TruncatingScheduler(Scheduler):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
-        self.num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        shortcuts = shortcuts_of(vllm_config.additional_config)
+        self.exits = Exits(
+            vllm_config.model_config.get_total_num_hidden_layers(),
+            frozenset(shortcuts.layers if shortcuts else ()),
+        )
         self.kv_by_depth = is_split(self.kv_cache_config)
         if self.kv_by_depth:
-            bring_kv_cache_manager(self, partial(exit_layer_of, num_layers=self.num_layers))
+            bring_kv_cache_manager(self, self.exits.layer_of)
 
     def add_request(self, request: Request) -> None:
         if not self.kv_by_depth:
-            exit_layer = exit_layer_of(request, self.num_layers)
-            salt_block_hashes(request, exit_layer, self.num_layers)
+            # Not the head, which comes after the last layer: keys and values do not depend on it.
+            salt_block_hashes(request, self.exits.layer_of(request), self.exits.num_layers)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> TruncatedSchedulerOutput:
         output = super().schedule(throttle_prefills)
-        exit_layers = {
-            request_id: exit_layer_of(self.requests[request_id], self.num_layers)
-            for request_id in output.num_scheduled_tokens
-        }
+        exits = {r: self.exits.of(self.requests[r]) for r in output.num_scheduled_tokens}
         inherited = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
-        return TruncatedSchedulerOutput(**inherited, exit_layers=exit_layers)
+        return TruncatedSchedulerOutput(
+            **inherited,
+            exit_layers={request_id: layer for request_id, (layer, _) in exits.items()},
+            shortcuts=frozenset(r for r, (_, head) in exits.items() if head == "shortcut"),
+        )
 
 
 class TruncatingAsyncScheduler(TruncatingScheduler, AsyncScheduler):
@@ -75,22 +82,41 @@ def truncating_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Truncat
     return scheduler_cls(vllm_config, *args, **kwargs)
 
 
-def exit_layer_of(request: Request, num_layers: int) -> int:
-    """The exit layer a request asks for; `num_layers` when it asks for none.
+@dataclass(frozen=True)
+class Exits:
+    """What exits an engine has: layers 1..num_layers, with shortcuts at some before the last."""
 
-    An unusable value also means full depth, with a warning: it is past the front end that
-    could have refused it, and an error here would stop the engine for everybody.
-    """
-    params = request.sampling_params
-    extra_args = params.extra_args if params is not None else None
-    if not extra_args or EXIT_LAYER_KEY not in extra_args:
-        return num_layers
-    value = extra_args[EXIT_LAYER_KEY]
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= num_layers:
-        return value
-    logger.warning_once(
-        "exit layer %r is not an integer in 1..%d: such requests run at full depth",
-        value,
-        num_layers,
-    )
-    return num_layers
+    num_layers: int
+    shortcut_layers: frozenset[int] = frozenset()
+
+    def layer_of(self, request: Request) -> int:
+        """The exit layer a request asks for."""
+        return self.of(request)[0]
+
+    def of(self, request: Request) -> tuple[int, ExitHead]:
+        """The exit a request asks for; full depth when it asks for none.
+
+        An unusable one also means full depth, with a warning: it is past the front end that could
+        have refused it, and an error here would stop the engine for everybody.
+        """
+        params = request.sampling_params
+        extra_args = (params.extra_args if params is not None else None) or {}
+        layer = extra_args.get(EXIT_LAYER_KEY, self.num_layers)
+        head = extra_args.get(EXIT_HEAD_KEY, "plain")
+        if isinstance(layer, int) and not isinstance(layer, bool) and 1 <= layer <= self.num_layers:
+            if head == "plain" or (head == "shortcut" and layer in self.shortcut_layers):
+                return layer, head
+            logger.warning_once(
+                "exit head %r at layer %d is neither 'plain' nor 'shortcut' at one of the layers "
+                "%s: such requests run at full depth",
+                head,
+                layer,
+                sorted(self.shortcut_layers),
+            )
+        else:
+            logger.warning_once(
+                "exit layer %r is not an integer in 1..%d: such requests run at full depth",
+                layer,
+                self.num_layers,
+            )
+        return self.num_layers, "plain"

@@ -2,31 +2,40 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from raee_serve.engine.segments import parse_count
 from raee_serve.errors import RaeeError
+from raee_serve.records import EXIT_HEADS, ExitHead
+from raee_serve.shortcuts import Shortcuts
 
 OFF_VARIABLE = "RAEE_OFF"
 """Kill switch: set to 1, everything is vanilla vLLM: its own models, scheduler and worker."""
 
 EXIT_LAYER_KEY = "raee_exit_layer"
 """Key of `SamplingParams.extra_args` under which a request's exit layer travels (an int)."""
+EXIT_HEAD_KEY = "raee_exit_head"
+"""The same for its exit head, one of `EXIT_HEADS`; without it the head is plain."""
 
 SCHEDULER_CLS = "raee_serve.engine.scheduler.truncating_scheduler"
 WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
 
-
 KV_SEGMENTS_KEY = "raee_kv_segments"
 """Key of vLLM's `additional_config`: depth segments of the KV cache, a number or "auto"."""
+SHORTCUTS_KEY = "raee_shortcuts"
+"""Another: path of the exit shortcuts' file."""
 
 
-def engine_options(kv_segments: int | Literal["auto"] = 1) -> dict[str, Any]:
+def engine_options(
+    kv_segments: int | Literal["auto"] = 1, shortcuts: str | Path | None = None
+) -> dict[str, Any]:
     """Engine arguments that switch truncated execution on, for `vllm.LLM(model, **options)`.
 
     kv_segments: above 1, a request holds KV blocks only for the segments of layers that it
         reaches; "auto" takes the number from the model. 1 leaves vLLM's cache as it is.
         Raises `ValueError` for anything else.
+    shortcuts: file of `raee-serve shortcuts fit`, for requests whose exit head is "shortcut".
 
     The named classes are imported by vLLM itself, so an installation that cannot load them
     stops the engine instead of serving vanilla vLLM (invariant 6 of docs/architecture.md).
@@ -41,9 +50,12 @@ def engine_options(kv_segments: int | Literal["auto"] = 1) -> dict[str, Any]:
         "worker_cls": WORKER_CLS,
         "enforce_eager": True,
     }
+    additional: dict[str, Any] = {}
     if (count := parse_count(kv_segments)) != 1:
-        options["additional_config"] = {KV_SEGMENTS_KEY: count}
-    return options
+        additional[KV_SEGMENTS_KEY] = count
+    if shortcuts is not None:
+        additional[SHORTCUTS_KEY] = str(Path(shortcuts).absolute())
+    return options | ({"additional_config": additional} if additional else {})
 
 
 def kv_segments(additional_config: Mapping[str, Any]) -> int | Literal["auto"]:
@@ -51,15 +63,25 @@ def kv_segments(additional_config: Mapping[str, Any]) -> int | Literal["auto"]:
     return parse_count(additional_config.get(KV_SEGMENTS_KEY, 1))
 
 
-def exit_args(exit_layer: int) -> dict[str, int]:
-    """`extra_args` of a `SamplingParams` whose request runs `exit_layer` decoder layers.
+def shortcuts_of(additional_config: Mapping[str, Any]) -> Shortcuts | None:
+    """The exit shortcuts that vLLM's `additional_config` names. Raises TableError."""
+    path = additional_config.get(SHORTCUTS_KEY)
+    return None if path is None else Shortcuts.load(Path(path))
 
-    Raises `ValueError` unless `exit_layer` is an int of at least 1. The upper end, the
-    model's layer count, is checked where the model is known (`exit_layer_of`).
+
+def exit_args(exit_layer: int, head: ExitHead = "plain") -> dict[str, Any]:
+    """`extra_args` of a `SamplingParams` whose request runs `exit_layer` decoder layers and leaves
+    through `head`.
+
+    Raises `ValueError` unless `exit_layer` is an int of at least 1 and `head` one of `EXIT_HEADS`.
+    The model's layer count and the layers that have shortcuts are checked where they are known
+    (`Exits.of`).
     """
     if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or exit_layer < 1:
         raise ValueError(f"exit layer is {exit_layer!r}; allowed: an integer of at least 1")
-    return {EXIT_LAYER_KEY: exit_layer}
+    if head not in EXIT_HEADS:
+        raise ValueError(f"exit head is {head!r}; allowed: {', '.join(EXIT_HEADS)}")
+    return {EXIT_LAYER_KEY: exit_layer} | ({} if head == "plain" else {EXIT_HEAD_KEY: head})
 
 
 def is_off() -> bool:

@@ -1,14 +1,18 @@
 """CPU worker that hands each step's exit layers to the model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from raee_serve.checkpoints import local_checkpoint
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.kv_cache import split_by_depth
 from raee_serve.engine.models import SUPPORTED
 from raee_serve.engine.models.truncated import TruncatedExecution
-from raee_serve.engine.settings import kv_segments
+from raee_serve.engine.settings import SHORTCUTS_KEY, kv_segments, shortcuts_of
+from raee_serve.fingerprint import identify_backbone
+from raee_serve.shortcuts import Shortcut
 from raee_serve_patches.seeded_chunks import undrawn_while_incomplete
 from raee_serve_patches.v1_step import V1Step
 
@@ -24,7 +28,17 @@ class TruncatingCPUWorker(CPUWorker):
         super().load_model(**kwargs)
         num_layers = self.model_config.get_total_num_hidden_layers()
         self.step = V1Step(self.model_runner, num_layers)
-        _truncated_model(self.model_runner.get_model()).attach(self.step)
+        model = _truncated_model(self.model_runner.get_model())
+        model.attach(self.step, self._shortcuts())
+
+    def _shortcuts(self) -> Mapping[int, Shortcut]:
+        """The engine's exit shortcuts. Raises TableError, a BindingError for another backbone's."""
+        shortcuts = shortcuts_of(self.vllm_config.additional_config)
+        if shortcuts is None:
+            return {}
+        backbone = identify_backbone(local_checkpoint(self.model_config.model))
+        shortcuts.check_backbone(backbone, self.vllm_config.additional_config[SHORTCUTS_KEY])
+        return shortcuts.to(self.device, self.model_config.dtype).by_layer
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         return split_by_depth(

@@ -3,7 +3,9 @@
 Arrays may carry leading batch dimensions, written `...`; k neighbours, nearest or not first:
 
     evidence   [..., k, num_heads, num_layers]  probability of the gold answer where that exit
-                                                answers the neighbour correctly, else 0; in 0..1
+                                                answers the neighbour correctly, else 0; in 0..1.
+                                                Rule `quality`: the share of full depth's quality
+                                                that the exit keeps on the neighbour; in 0..1
     distances  [..., k]                         cosine distance to each neighbour, within 0..2
 """
 
@@ -21,7 +23,7 @@ from raee_serve.retrieval.heads import VOTE_K, HeadName
 Array = NDArray[np.float64]
 
 DEFAULT_LABEL_RULE = "stacked"
-DEFAULT_FREE_TEXT_RULE = "earliest"
+DEFAULT_FREE_TEXT_RULE = "quality"
 DEFAULT_FRACTION = 0.95
 """Share of the best layer's score that an earlier layer must reach, unless under `published`."""
 
@@ -44,7 +46,8 @@ NO_EVIDENCE = 0
 class Rule:
     """A way to choose an exit.
 
-    heads: the heads it chooses among. k: neighbours per look-up unless asked otherwise.
+    heads: those of label words that it chooses among; none for `quality`, which chooses among exit
+        heads. k: neighbours per look-up unless asked otherwise.
     score: (evidence, weights) -> [..., num_heads, num_layers].
     choose: (best score of each layer, fraction) -> layer index.
     """
@@ -57,8 +60,10 @@ class Rule:
 
 def rule_named(name: str) -> Rule:
     """Raises RaeeError for an unknown one."""
+    if name == QUALITY:
+        return QUALITY_RULE
     if name not in RULES:
-        raise RaeeError(f"unknown rule {name!r}; known rules: {', '.join(RULES)}")
+        raise RaeeError(f"unknown rule {name!r}; known rules: {', '.join(RULE_NAMES)}")
     return RULES[name]
 
 
@@ -122,6 +127,11 @@ def best_pairs(evidence: Array, weights: Array) -> Array:
     return all_pairs(np.where(kept, evidence, 0), weights)
 
 
+def mean_share(evidence: Array, weights: Array) -> Array:
+    """Weighted mean over the neighbours: what each exit is expected to keep."""
+    return all_pairs(evidence, weights) / weights.sum(axis=-1)[..., None, None]
+
+
 def best_layer(scores: Array, _fraction: float) -> NDArray[np.int64]:
     """[..., num_layers] -> [...]: the layer with the highest score, the earliest of equals."""
     return scores.argmax(axis=-1)
@@ -132,6 +142,13 @@ def earliest_layer(scores: Array, fraction: float) -> NDArray[np.int64]:
     return (scores >= fraction * scores.max(axis=-1, keepdims=True)).argmax(axis=-1)
 
 
+def earliest_keeping(scores: Array, quality: float) -> NDArray[np.int64]:
+    """[..., num_layers] -> [...]: the earliest layer to reach `quality`, else the last."""
+    keeps = scores >= quality
+    keeps[..., -1] = True
+    return keeps.argmax(axis=-1)
+
+
 RULES: dict[str, Rule] = {
     "published": Rule(("plain",), 12, best_pairs, best_layer),
     "earliest": Rule(("plain",), 12, all_pairs, earliest_layer),
@@ -139,4 +156,10 @@ RULES: dict[str, Rule] = {
     "fused": Rule(("fused",), VOTE_K["fused"], all_pairs, earliest_layer),
     "stacked": Rule(("stacked",), VOTE_K["stacked"], all_pairs, earliest_layer),
 }
-"""By name. Free text has the plain head alone: there the last three are `earliest` with their k."""
+"""By name. Free text has no label words to bias: there the last three are `earliest` with their k.
+"""
+QUALITY = "quality"
+QUALITY_RULE = Rule((), 24, mean_share, earliest_keeping)
+"""Of free text alone, with the wanted quality in the place of the fraction. Asked of label words it
+leaves them their own rule."""
+RULE_NAMES = (*RULES, QUALITY)

@@ -6,13 +6,16 @@ import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from tqdm import tqdm
 
 from raee_serve.errors import RaeeError, TaskError
+from raee_serve.retrieval.aggregate import QUALITY
 from raee_serve.retrieval.drawing import pyplot
+from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.leave_one_out import (
     LABEL_VOTE,
     LABEL_VOTE_K,
@@ -21,55 +24,70 @@ from raee_serve.retrieval.leave_one_out import (
     Outcome,
     frontier,
 )
-from raee_serve.table.schema import RuleChoice
+from raee_serve.table.evidence import evidence_of, kept_quality
+from raee_serve.table.schema import RuleChoice, TaskEntry
 from raee_serve.table.store import ExitTable
 
 DESCRIPTION = """Ask every row of a task as if the table did not hold it, under every rule and many
 settings; print the accuracy-depth frontier, and store the settings that fit the budget in the
-table, for servers that are started with it and not told otherwise. No test data is read."""
+table, for servers that are started with it and not told otherwise. No test data is read. Of free
+text the accuracy is the share of full depth's quality that is kept, as the table's rows tell it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """accuracy: at least `bound`, as shallow as can be; depth: at most `bound`, as accurate."""
+    """accuracy or quality: at least `bound`, as shallow as can be; depth: at most `bound`, as
+    accurate. Quality is what free text has in the place of accuracy.
+    """
 
-    measure: Literal["accuracy", "depth"]
+    measure: Literal["accuracy", "quality", "depth"]
     bound: float
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """`accuracy>=X` or `depth<=Y`, both within 0..1. Raises RaeeError."""
-        found = re.fullmatch(r"\s*(accuracy\s*>=|depth\s*<=)\s*([0-9.]+)\s*", text)
+        """`accuracy>=X`, `quality>=X` or `depth<=Y`, all within 0..1. Raises RaeeError."""
+        found = re.fullmatch(r"\s*((accuracy|quality)\s*>=|depth\s*<=)\s*([0-9.]+)\s*", text)
         try:
-            bound = float(found[2]) if found else -1.0
+            bound = float(found[3]) if found else -1.0
         except ValueError:
             bound = -1.0
         if found is None or not 0 <= bound <= 1:
             raise RaeeError(
-                f"--budget is {text!r}; allowed: 'accuracy>=X' or 'depth<=Y' with X and Y within "
-                "0..1 (depth as a share of full depth)"
+                f"--budget is {text!r}; allowed: 'accuracy>=X' or 'depth<=Y' (for free text "
+                "'quality>=X' or 'depth<=Y') with X and Y within 0..1 (depth as a share of full "
+                "depth)"
             )
-        return cls("accuracy" if found[1].startswith("accuracy") else "depth", bound)
+        return cls(cast(Literal["accuracy", "quality"], found[2]) if found[2] else "depth", bound)
+
+    def check(self, entry: TaskEntry) -> None:
+        """Raises RaeeError unless it is one for tasks of that kind."""
+        other = "quality" if entry.kind == "labels" else "accuracy"
+        if self.measure == other:
+            fitting = "accuracy" if other == "quality" else "quality"
+            raise RaeeError(
+                f"--budget {self} does not fit {entry.name}, a {entry.kind} task; allowed: "
+                f"'{fitting}>=X' or 'depth<=Y'"
+            )
 
     def choose(self, outcomes: Sequence[Outcome]) -> Outcome:
         """The best outcome within the budget. Raises RaeeError that says what can be had."""
-        if self.measure == "accuracy":
-            within = [o for o in outcomes if o.accuracy >= self.bound]
-            nearest = max(outcomes, key=lambda o: o.accuracy)
-        else:
+        if self.measure == "depth":
             within = [o for o in outcomes if o.depth <= self.bound]
             nearest = min(outcomes, key=lambda o: o.depth)
+        else:
+            within = [o for o in outcomes if o.accuracy >= self.bound]
+            nearest = max(outcomes, key=lambda o: o.accuracy)
         if not within:
             raise RaeeError(
                 f"no setting has {self}; nearest: accuracy {nearest.accuracy:.3f} at depth "
                 f"{nearest.depth:.3f} ({describe(nearest.choice)})"
             )
-        if self.measure == "accuracy":
-            return min(within, key=lambda o: (o.depth, -o.accuracy))
-        return max(within, key=lambda o: (o.accuracy, -o.depth))
+        if self.measure == "depth":
+            return max(within, key=lambda o: (o.accuracy, -o.depth))
+        return min(within, key=lambda o: (o.depth, -o.accuracy))
 
     def __str__(self) -> str:
-        return f"{self.measure} {'>=' if self.measure == 'accuracy' else '<='} {self.bound:g}"
+        return f"{self.measure} {'<=' if self.measure == 'depth' else '>='} {self.bound:g}"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -77,7 +95,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--table", required=True, metavar="DIR")
     parser.add_argument("--task", required=True, action="append", help="repeat for several")
     parser.add_argument(
-        "--budget", required=True, help="'accuracy>=X', or 'depth<=Y' as a share of full depth"
+        "--budget",
+        required=True,
+        help="'accuracy>=X' ('quality>=X' for free text), or 'depth<=Y' as a share of full depth",
     )
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw the frontier of one task")
 
@@ -88,6 +108,8 @@ def run(args: Namespace) -> None:
     if args.png is not None and len(args.task) > 1:
         raise RaeeError(f"--png draws one task, but {len(args.task)} are given")
     table = ExitTable.open(args.table)
+    for name in args.task:
+        budget.check(_entry(table, name))
     chosen = {name: _calibrate(table, name, budget, args.png) for name in args.task}
     for name, choice in chosen.items():
         table.put_choice(name, choice)
@@ -96,28 +118,33 @@ def run(args: Namespace) -> None:
 
 def describe(choice: RuleChoice) -> str:
     text = f"{choice.rule}, k {choice.k}"
+    if choice.rule == QUALITY:
+        return f"{text}, quality {choice.quality:g}"
     if choice.rule != "published":
         text += f", fraction {choice.fraction:g}"
     return text + (f", vote weight {choice.vote_weight:g}" if choice.rule == "fused" else "")
 
 
 def _calibrate(table: ExitTable, name: str, budget: Budget, png: Path | None) -> RuleChoice:
-    rows = _label_rows(table, name)
+    rows = _rows(table, name)
     outcomes = list(tqdm(rows.every_outcome(), desc=f"calibrating {name}", unit=" settings"))
     best = frontier(outcomes)
+    measure = "accuracy" if isinstance(rows, LeaveOneOut) else "quality"
     print(f"{name}: {rows.num_rows} rows, each left out in turn")
-    print(f"  {'depth':>6} {'accuracy':>9}")
+    print(f"  {'depth':>6} {measure:>9}")
     for depth, accuracy, what in [*_baselines(rows), *map(_line, best)]:
         print(f"  {depth:6.3f} {accuracy:9.3f}  {what}")
     chosen = budget.choose(outcomes)
-    print(f"  chosen for {budget}: accuracy {chosen.accuracy:.3f} at depth {chosen.depth:.3f}")
+    print(f"  chosen for {budget}: {measure} {chosen.accuracy:.3f} at depth {chosen.depth:.3f}")
     if png is not None:
         _draw(name, rows, best, chosen, png)
     return chosen.choice
 
 
-def _baselines(rows: LeaveOneOut) -> list[tuple[float, float, str]]:
+def _baselines(rows: LeaveOneOut | FreeTextLeaveOneOut) -> list[tuple[float, float, str]]:
     """(depth, accuracy, name) of what needs no exit decision."""
+    if isinstance(rows, FreeTextLeaveOneOut):
+        return list(rows.fixed_exits())
     layer, accuracy = rows.best_layer()
     return [
         (1.0, rows.full_depth(), "full depth"),
@@ -131,30 +158,41 @@ def _line(outcome: Outcome) -> tuple[float, float, str]:
     return outcome.depth, outcome.accuracy, describe(outcome.choice)
 
 
-def _label_rows(table: ExitTable, name: str) -> LeaveOneOut:
+def _entry(table: ExitTable, name: str) -> TaskEntry:
     entry = table.metadata.tasks.get(name)
-    if entry is None or entry.kind != "labels":
-        known = [e.name for e in table.metadata.tasks.values() if e.kind == "labels"]
-        raise TaskError(
-            f"task {name!r} is not a label-word task of {table.uri}; those are: {', '.join(known)}"
-        )
-    rows = table.rows(name)
+    if entry is None:
+        known = ", ".join(table.metadata.tasks)
+        raise TaskError(f"task {name!r} is not one of {table.uri}; those are: {known}")
+    return entry
+
+
+def _rows(table: ExitTable, name: str) -> LeaveOneOut | FreeTextLeaveOneOut:
+    rows, entry = table.rows(name), table.metadata.tasks[name]
     if len(rows) < 2:
         raise TaskError(f"task {name} has {len(rows)} rows in {table.uri}; at least 2 are needed")
+    if entry.kind == "free-text":
+        num_layers = table.metadata.backbone.num_layers
+        own = (evidence_of(rows, entry, num_layers), kept_quality(rows, entry, num_layers))
+        return FreeTextLeaveOneOut(rows.vectors, *own)
     assert rows.golds is not None and rows.label_logprobs is not None
     return LeaveOneOut(rows.vectors, rows.golds, rows.label_logprobs)
 
 
 def _draw(
-    name: str, rows: LeaveOneOut, best: Sequence[Outcome], chosen: Outcome, target: Path
+    name: str,
+    rows: LeaveOneOut | FreeTextLeaveOneOut,
+    best: Sequence[Outcome],
+    chosen: Outcome,
+    target: Path,
 ) -> None:
     """The frontier, the choice, and what needs no retrieval beside them."""
     figure, axes = pyplot().subplots(figsize=(6, 4), dpi=150)
     axes.step([o.depth for o in best], [o.accuracy for o in best], where="post", label="frontier")
     axes.plot([chosen.depth], [chosen.accuracy], "o", label=f"chosen: {describe(chosen.choice)}")
-    for (depth, accuracy, what), marker in zip(_baselines(rows), "s^x+", strict=True):
+    for (depth, accuracy, what), marker in zip(_baselines(rows), cycle("s^x+"), strict=False):
         axes.plot([depth], [accuracy], marker, label=what)
-    axes.set(xlabel="mean depth / full depth", ylabel="leave-one-out accuracy", title=name)
+    measure = "accuracy" if isinstance(rows, LeaveOneOut) else "quality"
+    axes.set(xlabel="mean depth / full depth", ylabel=f"leave-one-out {measure}", title=name)
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(target)

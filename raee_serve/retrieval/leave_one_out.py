@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, exits
+from raee_serve.retrieval.aggregate import (
+    NO_EVIDENCE,
+    QUALITY_RULE,
+    RULES,
+    exits,
+    rule_named,
+)
 from raee_serve.retrieval.heads import (
     BLOCK,
     VOTE_K,
@@ -20,7 +26,6 @@ from raee_serve.retrieval.heads import (
     LeaveOneOutVotes,
     calibrated,
     fused,
-    nearest_others,
     plain,
 )
 from raee_serve.retrieval.stacking import stacked, stacked_vote
@@ -48,7 +53,8 @@ VOTE_WEIGHTS = (0.5, 1.0, 2.0, 3.0)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """accuracy: share of the rows answered correctly; depth: mean exit layer / num_layers."""
+    """accuracy: share of the rows answered correctly, or of free text the mean share of full
+    depth's quality that is kept; depth: mean exit layer / num_layers."""
 
     choice: RuleChoice
     accuracy: float
@@ -128,7 +134,7 @@ class LeaveOneOut:
     def _exits(
         self, evidence: NDArray[np.float32], choice: RuleChoice
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return _row_exits(self._votes.nearest, self._votes.similarities, evidence, choice)
+        return row_exits(self._votes.nearest, self._votes.similarities, evidence, choice)
 
     def _head(self, name: HeadName, vote_weight: float) -> Head:
         if name == "plain":
@@ -146,19 +152,6 @@ class LeaveOneOut:
         return head.scores(self._logprobs, self._votes.log_votes(k))
 
 
-def free_text_exits(
-    vectors: NDArray[np.float32], evidence: NDArray[np.float32], choice: RuleChoice
-) -> NDArray[np.int64]:
-    """[n] exit layer of each row of a free-text task, n at least 2.
-
-    vectors: [n, dimension], L2-normalised; evidence: [n, num_layers].
-    """
-    n = len(vectors)
-    found = list(nearest_others(vectors, np.arange(n), vectors, min(choice.k, n - 1)))
-    nearest, similarities = (np.concatenate(part) for part in zip(*found, strict=True))
-    return _row_exits(nearest, similarities, evidence[:, None], choice)[0]
-
-
 def best_fixed_layer(
     label_logprobs: NDArray[np.float32], golds: NDArray[np.int32]
 ) -> tuple[int, float]:
@@ -168,18 +161,19 @@ def best_fixed_layer(
     return int(right.argmax()) + 1, float(right.max())
 
 
-def _row_exits(
+def row_exits(
     nearest: NDArray[np.int32],
     similarities: NDArray[np.float32],
     evidence: NDArray[np.float32],
     choice: RuleChoice,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[n] layers (full depth without evidence), [n] heads; block by block to bound memory."""
-    layers, heads = [], []
+    rule, layers, heads = rule_named(choice.rule), [], []
+    share = choice.quality if rule is QUALITY_RULE else choice.fraction
     for start in range(0, len(nearest), BLOCK):
         near = nearest[start : start + BLOCK, : choice.k]
         distances = 1 - similarities[start : start + BLOCK, : choice.k]
-        layer, head = exits(RULES[choice.rule], evidence[near], distances, fraction=choice.fraction)
+        layer, head = exits(rule, evidence[near], distances, fraction=share)
         layers.append(np.where(layer == NO_EVIDENCE, evidence.shape[2], layer))
         heads.append(head)
     return np.concatenate(layers), np.concatenate(heads)

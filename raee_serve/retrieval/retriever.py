@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,14 @@ from numpy.typing import NDArray
 from raee_serve.errors import RaeeError, TableError
 from raee_serve.explanation import Explanation
 from raee_serve.fingerprint import BackboneIdentity
-from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.aggregate import decide, exit_scores, rule_named
+from raee_serve.records import ExitDecision, ExitHead, Reason
+from raee_serve.retrieval.aggregate import (
+    QUALITY,
+    QUALITY_RULE,
+    decide,
+    exit_scores,
+    rule_named,
+)
 from raee_serve.retrieval.cost import LookupCost
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import HeadName, label_counts, log_votes
@@ -23,13 +29,14 @@ from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.retrieval.search import IndexedSearch, InMemorySearch, Neighbours, Search
 from raee_serve.retrieval.task_index import (
     FAR_NEIGHBOURS,
-    HEADS,
     MIN_BOUND,
     TaskIndex,
     far_neighbours,
     load_task,
+    read_by,
 )
 from raee_serve.retrieval.vector_cache import Encodes, VectorCache
+from raee_serve.shortcuts import Shortcuts
 from raee_serve.table.schema import EncoderIdentity, RuleChoice, TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
@@ -47,7 +54,7 @@ class Lookup:
     """What to look up for one prompt.
 
     candidates: names of the tasks it may belong to, one or more; rows of all of them are searched.
-    key_text: what the prompt says in the template's slot. k, rule: None for the defaults.
+    key_text: what the prompt says in the template's slot. k, rule, quality: None for the defaults.
     min_layer: 1..num_layers; the rule reads no layer before it. explain: say why.
     """
 
@@ -57,6 +64,7 @@ class Lookup:
     rule: str | None = None
     min_layer: int = 1
     explain: bool = False
+    quality: float | None = None
 
 
 class ExitRetriever:
@@ -115,6 +123,8 @@ class ExitRetriever:
         max_distance: float | None = None,
         fraction: float | None = None,
         vote_weight: float | None = None,
+        quality: float | None = None,
+        shortcuts: Shortcuts | None = None,
         encoder_backend: str = DEFAULT_BACKEND,
         rows_in_memory_mb: float = ROWS_IN_MEMORY_MB,
         old: ExitRetriever | None = None,
@@ -123,17 +133,19 @@ class ExitRetriever:
 
         max_distance: mean cosine distance beyond which the nearest rows are far, for all tasks; by
         default each task has its own bound, see FAR_NEIGHBOURS.
-        fraction, vote_weight: for all tasks; by default what `calibrate` stored, or the defaults.
+        fraction, vote_weight, quality: for all tasks; by default what `calibrate` stored, or the
+        defaults. shortcuts: those that the engine has.
         encoder_backend: see `Encoder`. rows_in_memory_mb: see ROWS_IN_MEMORY_MB; a larger table is
         searched through its index.
         old: a retriever whose encoder, with the vectors it remembers, is taken over as it is.
         Raises TableError if the table is missing, corrupt or empty, or large and without an index,
-        BindingError if it belongs to another backbone, encoder or prompt template, CheckpointError
-        if the encoder is missing.
+        BindingError if it belongs to another backbone, encoder or prompt template or to other
+        shortcuts, CheckpointError if the encoder is missing.
         """
         table = ExitTable.open(uri)
         metadata = table.metadata
         metadata.check_backbone(backbone, uri)
+        metadata.check_shortcuts(shortcuts, uri)
         for name in metadata.tasks:
             if name not in TASKS:
                 raise TableError(
@@ -161,6 +173,7 @@ class ExitRetriever:
                 max_distance=max_distance,
                 fraction=fraction,
                 vote_weight=vote_weight,
+                quality=quality,
             )
             for name in filled
         }
@@ -172,7 +185,7 @@ class ExitRetriever:
 
         Full depth where the nearest rows are too far (FAR) or no neighbour was answered correctly
         (NO_EVIDENCE). `lookup_ms` is the time of the whole batch.
-        Raises RaeeError for k < 1, an unknown rule or an unknown task.
+        Raises RaeeError for k < 1, a quality outside (0, 1], an unknown rule or an unknown task.
         """
         start = time.perf_counter()
         for lookup in lookups:
@@ -191,11 +204,20 @@ class ExitRetriever:
         lookup_ms = (time.perf_counter() - start) * 1000
         return [replace(decisions[i], lookup_ms=lookup_ms) for i in range(len(lookups))]
 
+    def rule_for(self, task: str, asked: str | None) -> str:
+        """The rule that chooses a task's exits where that one, or None, is asked for."""
+        own = self.choices[task].rule
+        if asked is None or (asked == QUALITY and self.tasks[task].kind == "labels"):
+            return own
+        return asked
+
     def _check(self, lookup: Lookup) -> None:
         if lookup.k is not None and lookup.k < 1:
             raise RaeeError(f"k = {lookup.k} is not allowed, it must be at least 1")
         if lookup.rule is not None:
             rule_named(lookup.rule)
+        if lookup.quality is not None and not 0 < lookup.quality <= 1:
+            raise RaeeError(f"quality {lookup.quality} is not within (0, 1]")
         unknown = [name for name in lookup.candidates if name not in self.tasks]
         if unknown or not lookup.candidates:
             raise RaeeError(
@@ -214,7 +236,7 @@ class ExitRetriever:
 
     def _most_neighbours(self, lookup: Lookup) -> int:
         """How many it may need: k depends on which task the nearest row is of."""
-        most = max(_choice_for(lookup, self.choices[name]).k for name in lookup.candidates)
+        most = max(self._choice_for(lookup, name).k for name in lookup.candidates)
         return max(most, FAR_NEIGHBOURS)
 
     def _is_far(self, owner: int, searched: tuple[str, ...], found: Neighbours) -> bool:
@@ -226,13 +248,14 @@ class ExitRetriever:
     def _decide_one(self, lookup: Lookup, found: Neighbours) -> ExitDecision:
         """found: at least as many as the look-up needs, unless the tasks have fewer."""
         owner = int(np.searchsorted(self._ends, found.rows[0], side="right"))
-        choice = _choice_for(lookup, self.choices[self._names[owner]])
+        choice = self._choice_for(lookup, self._names[owner])
         rule = rule_named(choice.rule)
-        heads: tuple[HeadName, ...] = rule.heads if self._heads[owner] else ("plain",)
+        places = read_by(rule, biases_labels=bool(self._heads[owner]))
+        heads = tuple(places)
         rows, distances = found.rows[: choice.k], found.distances[: choice.k]
         about: dict[str, Any] = {"task": self._names[owner], "distance": float(distances[0])}
         skipped = lookup.min_layer - 1
-        evidence = self._evidence[rows][:, [HEADS.index(head) for head in heads], skipped:]
+        evidence = self._evidence[rows][:, list(places.values()), skipped:]
         if lookup.explain:
             about["explanation"] = Explanation(
                 tuple(zip((self._ids[row] for row in rows), distances.tolist(), strict=True)),
@@ -243,17 +266,31 @@ class ExitRetriever:
             )
         if self._is_far(owner, lookup.candidates, found):
             return ExitDecision.full(self.num_layers, Reason.FAR, **about)
-        chosen = decide(rule, evidence, distances, fraction=choice.fraction)
+        by_quality = rule is QUALITY_RULE
+        share = choice.quality if by_quality else choice.fraction
+        chosen = decide(rule, evidence, distances, fraction=share)
         if chosen is None:
             return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **about)
-        about["head"] = head = heads[chosen[1]]
-        layer = skipped + chosen[0]
+        head, layer = heads[chosen[1]], skipped + chosen[0]
+        if by_quality:
+            return ExitDecision(
+                layer, self.num_layers, Reason.RETRIEVED, **about, exit_head=cast(ExitHead, head)
+            )
+        about["head"] = head
         bias = self._label_bias(head, layer, owner, rows, distances, lookup.candidates)
         return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **about, label_bias=bias)
 
+    def _choice_for(self, lookup: Lookup, name: str) -> RuleChoice:
+        """A task's choice with what the look-up asks for; another rule brings its own k."""
+        stored = self.choices[name]
+        rule = self.rule_for(name, lookup.rule)
+        k = stored.k if rule == stored.rule else rule_named(rule).k
+        quality = stored.quality if lookup.quality is None else lookup.quality
+        return replace(stored, rule=rule, k=lookup.k or k, quality=quality)
+
     def _label_bias(
         self,
-        name: HeadName,
+        name: str,
         layer: int,
         owner: int,
         nearest: NDArray[np.int64],
@@ -265,7 +302,7 @@ class ExitRetriever:
         nearest, distances: [k] rows and their distances; searched: the tasks they are nearest of,
         whose label words are the same.
         """
-        head = self._heads[owner].get(name)
+        head = self._heads[owner].get(cast(HeadName, name))
         if head is None:
             return ()
         counts = np.sum([self._label_counts[task] for task in searched], axis=0)
@@ -302,10 +339,3 @@ def _by_candidates(lookups: Sequence[Lookup]) -> dict[tuple[str, ...], list[int]
     for i, lookup in enumerate(lookups):
         groups[lookup.candidates].append(i)
     return groups
-
-
-def _choice_for(lookup: Lookup, stored: RuleChoice) -> RuleChoice:
-    """The task's choice with what the look-up asks for; another rule brings its own k."""
-    rule = lookup.rule or stored.rule
-    k = stored.k if rule == stored.rule else rule_named(rule).k
-    return replace(stored, rule=rule, k=lookup.k or k)

@@ -9,11 +9,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from raee_serve.records import EXIT_HEADS
 from raee_serve.retrieval.aggregate import (
     DEFAULT_FRACTION,
     DEFAULT_FREE_TEXT_RULE,
     DEFAULT_LABEL_RULE,
     DEFAULT_VOTE_WEIGHT,
+    QUALITY_RULE,
+    Rule,
     rule_named,
 )
 from raee_serve.retrieval.heads import (
@@ -25,12 +28,13 @@ from raee_serve.retrieval.heads import (
     fused,
 )
 from raee_serve.retrieval.stacking import stacked
-from raee_serve.table.evidence import evidence_of, label_evidence
+from raee_serve.table.evidence import evidence_of, kept_quality, label_evidence
 from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 
 HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
-"""The order in which a row's exit information is held."""
+"""The order in which a row's exit information is held. Of free text, which has none of the others,
+the first is followed by the quality that exits keep, for each of EXIT_HEADS."""
 FAR_NEIGHBOURS = 12
 BOUND_QUANTILE = 0.97
 BOUND_SAMPLE = 1000
@@ -61,8 +65,7 @@ class TaskIndex:
     ids: n row ids.
     vectors: [n, dimension] float32, L2-normalised; None where the table's index is searched.
     keys: [n] uint64, under which that index finds the rows; else empty.
-    evidence: [n, len(HEADS), num_layers] float32, see `aggregate`; for free text the heads after
-        the first hold nothing.
+    evidence: [n, len(HEADS), num_layers] float32, see `aggregate` and HEADS.
     labels: [n] int32, gold label of each row; 0 for free text.
     distance_bound: mean cosine distance beyond which the nearest rows say nothing.
     choice: how exits are chosen unless a look-up says otherwise.
@@ -90,6 +93,7 @@ def load_task(
     max_distance: float | None,
     fraction: float | None,
     vote_weight: float | None,
+    quality: float | None,
 ) -> TaskIndex:
     """What a task of at least one row needs; the arguments are those of `ExitRetriever.open`.
 
@@ -99,7 +103,7 @@ def load_task(
     while they are loaded; their vectors would be 1.5 GB.
     """
     entry = table.metadata.tasks[name]
-    choice = _choice(table, entry, fraction, vote_weight)
+    choice = _choice(table, entry, fraction, vote_weight, quality)
     rows = table.rows(name, vectors=keep_vectors)
     blocks = partial(_slices, rows.vectors) if keep_vectors else partial(table.vectors, name)
     drawn = _draw(blocks(AT_ONCE), len(rows))
@@ -108,6 +112,8 @@ def load_task(
     heads: Mapping[HeadName, Head] = {}
     if entry.kind == "labels":
         heads = _hear_heads(evidence, rows, entry, drawn, blocks, choice.vote_weight)
+    else:
+        evidence[:, 1 : 1 + len(EXIT_HEADS)] = kept_quality(rows, entry, evidence.shape[2])
     return TaskIndex(
         rows.ids,
         rows.vectors if keep_vectors else None,
@@ -192,7 +198,11 @@ def _ballots(
 
 
 def _choice(
-    table: ExitTable, entry: TaskEntry, fraction: float | None, vote_weight: float | None
+    table: ExitTable,
+    entry: TaskEntry,
+    fraction: float | None,
+    vote_weight: float | None,
+    quality: float | None,
 ) -> RuleChoice:
     """What `calibrate` stored, or the default, with what is set for all tasks."""
     choice = table.metadata.choices.get(entry.name) or default_choice(entry)
@@ -200,7 +210,17 @@ def _choice(
         choice,
         fraction=choice.fraction if fraction is None else fraction,
         vote_weight=choice.vote_weight if vote_weight is None else vote_weight,
+        quality=choice.quality if quality is None else quality,
     )
+
+
+def read_by(rule: Rule, *, biases_labels: bool) -> dict[str, int]:
+    """The heads that a rule chooses among on a task's rows, and where in their evidence each is."""
+    if rule is QUALITY_RULE:
+        return {head: 1 + place for place, head in enumerate(EXIT_HEADS)}
+    if not biases_labels:
+        return {"plain": 0}
+    return {name: place for place, name in enumerate(HEADS) if name in rule.heads}
 
 
 def default_choice(entry: TaskEntry) -> RuleChoice:

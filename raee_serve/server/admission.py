@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.aggregate import RULES
+from raee_serve.retrieval.aggregate import RULE_NAMES
 from raee_serve.retrieval.retriever import Lookup
 from raee_serve.server.limits import LabelOutputs, LabelTokens, OutputLimit
 from raee_serve.server.options import OptionError, RaeeOptions, parse_options
@@ -45,6 +45,7 @@ class Admission:
     k, rule: defaults for look-ups; None leaves them to the retriever.
     served_names: what the backbone is called; any other model name is a LoRA adapter's.
     off: vanilla vLLM for everybody, whatever a request asks for.
+    shortcut_layers: those at which the engine has shortcuts, ascending.
     """
 
     num_layers: int
@@ -56,6 +57,7 @@ class Admission:
     served_names: Collection[str] = ()
     valves: Valves = field(default_factory=Valves)
     off: bool = False
+    shortcut_layers: tuple[int, ...] = ()
 
     @property
     def default_layer(self) -> int:
@@ -69,7 +71,11 @@ class Admission:
         if self.off:
             return RaeeOptions(off=True)
         options = parse_options(
-            body.get("raee"), num_layers=self.num_layers, tasks=self.tasks, rules=RULES
+            body.get("raee"),
+            num_layers=self.num_layers,
+            tasks=self.tasks,
+            rules=RULE_NAMES,
+            shortcut_layers=self.shortcut_layers,
         )
         least = self.valves.least_layer([options.task] if options.task else [])
         if options.exit_layer is not None and options.exit_layer < least:
@@ -106,7 +112,9 @@ class Admission:
             limit = OutputLimit.of(body)
         fixed = self.fixed_layer if options.exit_layer is None else options.exit_layer
         if fixed is not None:
-            decision = ExitDecision(fixed, self.num_layers, Reason.OVERRIDE, options.task)
+            decision = ExitDecision(
+                fixed, self.num_layers, Reason.OVERRIDE, options.task, exit_head=options.exit_head
+            )
             return Plan((decision,) * len(prompts), body)
         if self._is_adapter(body.get("model")):
             return Plan((self._full(Reason.ADAPTER, options.task),) * len(prompts), body)
@@ -147,6 +155,7 @@ class Admission:
             rule=options.rule or self.rule,
             min_layer=self.valves.least_layer(candidates),
             explain=options.explain,
+            quality=options.quality,
         )
 
     def _named(self, name: str, prompt: TextPrompt) -> dict[str, str]:

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from raee_serve.records import ExitHead
 from raee_serve.server.sampling import Rerun
 
 
 @dataclass(frozen=True, slots=True)
 class PromptDepth:
-    """exit_layer: 1..num_layers. token_bias: (token id, what the exit's head adds to its logit).
+    """exit_layer: 1..num_layers. token_bias: (token id, what is added to its logit).
 
+    exit_head: what turns the state after the exit layer into logits.
     first_tokens: of which one is to be sampled first; empty: any.
     comparison: how it runs once more, after its answer, if it is drawn; None: never.
     """
@@ -25,6 +27,7 @@ class PromptDepth:
     token_bias: tuple[tuple[int, float], ...] = ()
     first_tokens: tuple[int, ...] = ()
     comparison: Comparison | None = None
+    exit_head: ExitHead = "plain"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve.engine.settings import exit_args
 from raee_serve.server.depths import PromptDepth, RequestDepths, current_depths
 from raee_serve.server.gate import Gate
 from raee_serve.server.limits import with_first_tokens
@@ -102,7 +102,7 @@ def at_depth(params: SamplingParams, depth: PromptDepth) -> SamplingParams:
         for key, value in (params.extra_args or {}).items()
         if not key.startswith(RESERVED_PREFIX)
     }
-    own.extra_args = kept | {EXIT_LAYER_KEY: depth.exit_layer}
+    own.extra_args = kept | exit_args(depth.exit_layer, depth.exit_head)
     if depth.token_bias or depth.first_tokens:
         bias = dict(params.logit_bias or {})
         for token, value in depth.token_bias:

@@ -56,7 +56,7 @@ class Admitted:
     def _depth(self, decision: ExitDecision) -> PromptDepth:
         words = self.plan.label_tokens.get(decision.task or "", ())
         if decision.reason is not Reason.RETRIEVED or not words:
-            return PromptDepth(decision.exit_layer)
+            return PromptDepth(decision.exit_layer, exit_head=decision.exit_head)
         bias: tuple[tuple[int, float], ...] = ()
         if decision.label_bias:
             pairs = zip(words, decision.label_bias, strict=True)

@@ -49,7 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule",
         help="how an exit is chosen: stacked (default for label words), fused, "
-        "calibrated, earliest (default for free text), published",
+        "calibrated, earliest, published; quality (default for free text, and for it alone)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=float,
+        metavar="X",
+        help="free text takes the earliest exit that keeps this share of full depth's quality, as "
+        "the nearest rows tell it (default: as calibrated, else 0.95)",
+    )
+    parser.add_argument(
+        "--shortcuts-file",
+        metavar="FILE",
+        help="exit shortcuts (default: those in the table's directory, if there are any)",
     )
     parser.add_argument(
         "--fraction",
@@ -112,9 +124,11 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         watch_table=args.watch_table,
         encoder_backend=args.encoder_backend,
         rows_in_memory_mb=args.rows_in_memory,
+        quality=args.quality,
+        shortcuts_file=args.shortcuts_file,
     )
     safety, surface = valves.Valves.of(args), access.Access.of(args)
-    options = _engine_options(args)
+    options = _engine_options(args, settings)
     import uvloop
 
     from raee_serve.server import vllm_server
@@ -127,12 +141,14 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     uvloop.run(vllm_server.serve(serve_args, gate, settings.watch_table))
 
 
-def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+def _engine_options(args: argparse.Namespace, settings: DepthSettings) -> dict[str, Any]:
     from raee_serve.engine.segments import parse_count
     from raee_serve.engine.settings import engine_options
+    from raee_serve.shortcuts import find_shortcuts
 
+    shortcuts = find_shortcuts(settings.table, settings.shortcuts_file)
     try:
-        return engine_options(parse_count(args.kv_segments))
+        return engine_options(parse_count(args.kv_segments), shortcuts)
     except ValueError as error:
         raise RaeeError(f"--kv-segments: {error}") from error
 

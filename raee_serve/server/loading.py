@@ -24,6 +24,7 @@ from raee_serve.server.reload import Snapshot, TableReloader
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.settings import DepthSettings
 from raee_serve.server.valves import Valves
+from raee_serve.shortcuts import Shortcuts, find_shortcuts
 from raee_serve.table.store import ExitTable
 
 
@@ -44,11 +45,14 @@ def load_gate(
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     valves, access = valves or Valves(), access or Access()
+    shortcuts = None if is_off() else _shortcuts(settings, backbone)
     loader = None
     if settings.table is not None and not is_off():
-        loader = TableLoader(settings, backbone, tokenizer, served_names, valves)
+        loader = TableLoader(settings, backbone, tokenizer, served_names, valves, shortcuts)
     retriever = None if loader is None else loader.open()
-    admission = _without_table(settings, backbone, valves)
+    admission = replace(
+        _without_table(settings, backbone, valves), shortcut_layers=_layers(shortcuts)
+    )
     if not admission.off:
         print(f"raee-serve: valves: {valves}; {access}", flush=True)
     metrics = DecisionMetrics(backbone.num_layers, registry)
@@ -64,6 +68,22 @@ def load_gate(
         return gate
     reloader = TableReloader(loader.load, loader.newest_state, loader.uri)
     return reloader.start(loader.deciding_by(retriever, gate))
+
+
+def _shortcuts(settings: DepthSettings, backbone: BackboneIdentity) -> Shortcuts | None:
+    """Those that the engine is going to load. Raises TableError for ones that are of no use."""
+    path = find_shortcuts(settings.table, settings.shortcuts_file)
+    if path is None:
+        return None
+    shortcuts = Shortcuts.load(path)
+    shortcuts.check_backbone(backbone, str(path))
+    layers = ", ".join(map(str, shortcuts.layers))
+    print(f"raee-serve: shortcuts {shortcuts.digest} at layers {layers}", flush=True)
+    return shortcuts
+
+
+def _layers(shortcuts: Shortcuts | None) -> tuple[int, ...]:
+    return () if shortcuts is None else shortcuts.layers
 
 
 def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -107,6 +127,7 @@ class TableLoader:
         tokenizer: Any,
         served_names: Sequence[str],
         valves: Valves | None = None,
+        shortcuts: Shortcuts | None = None,
     ) -> None:
         assert settings.table is not None
         self.uri = settings.table
@@ -115,6 +136,7 @@ class TableLoader:
         self._tokenizer = tokenizer
         self._served_names = frozenset(served_names)
         self._valves = valves or Valves()
+        self._shortcuts = shortcuts
         self._retriever: ExitRetriever | None = None
 
     def load(self, gate: Gate) -> Gate:
@@ -131,12 +153,14 @@ class TableLoader:
             max_distance=settings.max_distance,
             fraction=settings.fraction,
             vote_weight=settings.vote_weight,
+            quality=settings.quality,
+            shortcuts=self._shortcuts,
             encoder_backend=settings.encoder_backend,
             rows_in_memory_mb=settings.rows_in_memory_mb,
             old=self._retriever,
         )
         self._valves.check(retriever.num_layers, retriever.tasks)
-        rules = (f"{name} {settings.rule or c.rule}" for name, c in retriever.choices.items())
+        rules = (f"{n} {retriever.rule_for(n, settings.rule)}" for n in retriever.tasks)
         print(
             f"raee-serve: exit table {self.uri}: {retriever.num_rows:,} rows, version "
             f"{retriever.table_version}\n"
@@ -179,6 +203,7 @@ class TableLoader:
             rule=self._settings.rule,
             served_names=self._served_names,
             valves=self._valves,
+            shortcut_layers=_layers(self._shortcuts),
         )
 
     def _lookups(self, retriever: ExitRetriever, gate: Gate) -> LookupBatcher:

@@ -36,6 +36,7 @@ class DecisionMetrics:
             "decisions", "Prompts by the reason for their exit layer.", "reason", "task"
         )
         self._exit_layer = histogram("exit_layer", "Exit layers of prompts.", layers, "task")
+        self._exit_head = counter("exit_heads", "Prompts by their exit head.", "head", "task")
         self._shadow_exit_layer = histogram(
             "shadow_exit_layer", "Exit layers decided and, under --shadow, not run.", layers, "task"
         )
@@ -77,6 +78,7 @@ class DecisionMetrics:
             task = decision.task or "-"
             self._decisions.labels(decision.reason.value, task).inc()
             self._exit_layer.labels(task).observe(decision.exit_layer)
+            self._exit_head.labels(decision.exit_head, task).inc()
             self._layers_saved.labels(task).inc(decision.num_layers - decision.exit_layer)
             if decision.decided_layer is not None:
                 self._shadow_exit_layer.labels(task).observe(decision.decided_layer)

@@ -113,6 +113,7 @@ def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
     shadow = {"x-raee-decided-layer": joined(decided)} if any(decided) else {}
     return {
         "x-raee-exit-layer": joined([d.exit_layer for d in decisions]),
+        "x-raee-exit-head": joined([d.exit_head for d in decisions]),
         "x-raee-num-layers": joined([d.num_layers for d in decisions]),
         "x-raee-reason": joined([d.reason.value for d in decisions]),
         "x-raee-task": joined([d.task for d in decisions]),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from raee_serve.errors import RaeeError
+from raee_serve.records import EXIT_HEADS, ExitHead
 
 MAX_K = 1024
 """Most neighbours a client may ask for; keeps one request from costing a pass over the table."""
 
-FIELDS = ("exit_layer", "task", "k", "rule", "off", "explain")
-WITHOUT_TABLE = ("exit_layer", "off", "explain")
+FIELDS = ("exit_layer", "task", "k", "rule", "off", "explain", "exit_head", "quality")
+WITHOUT_TABLE = ("exit_layer", "off", "explain", "exit_head")
 """Fields that mean something on a server without a table."""
 
 
@@ -41,23 +42,33 @@ class RaeeOptions:
     """What the request asked for; a field left at None is for the server to choose.
 
     exit_layer: 1..num_layers, "full" having been resolved to num_layers; None means "auto".
+    exit_head: of exit_layer; "plain" where that is None.
+    quality: share of full depth's that rule `quality` is to keep, within (0, 1].
     off: vanilla vLLM, whatever else is asked for. explain: put the decisions into the answer.
     """
 
     exit_layer: int | None = None
+    exit_head: ExitHead = "plain"
     task: str | None = None
     k: int | None = None
     rule: str | None = None
+    quality: float | None = None
     off: bool = False
     explain: bool = False
 
 
 def parse_options(
-    value: Any, *, num_layers: int, tasks: Collection[str], rules: Collection[str]
+    value: Any,
+    *,
+    num_layers: int,
+    tasks: Collection[str],
+    rules: Collection[str],
+    shortcut_layers: Sequence[int] = (),
 ) -> RaeeOptions:
     """Check a body's `raee` value (None when the body has none).
 
     tasks: names the loaded table knows; empty when the server runs without a table.
+    shortcut_layers: those at which the engine has shortcuts.
     Raises OptionError naming the value and what is allowed.
     """
     if value is None:
@@ -78,11 +89,14 @@ def parse_options(
             f"raee.{beside[0]} needs an exit table, and this server was started without one "
             f"(--table); allowed: {_list(WITHOUT_TABLE)}",
         )
+    exit_layer = _exit_layer(given.get("exit_layer", "auto"), num_layers)
     return RaeeOptions(
-        exit_layer=_exit_layer(given.get("exit_layer", "auto"), num_layers),
+        exit_layer=exit_layer,
+        exit_head=_exit_head(given.get("exit_head", "plain"), exit_layer, shortcut_layers),
         task=_one_of("task", given.get("task"), tasks),
         k=_k(given.get("k")),
         rule=_one_of("rule", given.get("rule"), rules),
+        quality=_quality(given.get("quality")),
         off=_flag("off", given.get("off", False)),
         explain=_flag("explain", given.get("explain", False)),
     )
@@ -105,6 +119,31 @@ def _exit_layer(value: Any, num_layers: int) -> int | None:
             "'full' or 'auto'",
         )
     return int(value)
+
+
+def _exit_head(value: Any, exit_layer: int | None, shortcut_layers: Sequence[int]) -> ExitHead:
+    field = "raee.exit_head"
+    if value not in EXIT_HEADS:
+        raise OptionError(field, f"{field} is {shown(value)}; allowed: {_list(EXIT_HEADS)}")
+    if value == "shortcut" and exit_layer not in shortcut_layers:
+        layers = _list(list(map(str, shortcut_layers))) or "none on this server"
+        raise OptionError(
+            field,
+            f"{field} is 'shortcut' and raee.exit_layer is {exit_layer or 'auto'}; layers that "
+            f"have shortcuts: {layers}",
+        )
+    head: ExitHead = value
+    return head
+
+
+def _quality(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value <= 1):
+        raise OptionError(
+            "raee.quality",
+            f"raee.quality is {shown(value)}; allowed: a number above 0 and at most 1",
+        )
+    return value
 
 
 def _k(value: Any) -> int | None:

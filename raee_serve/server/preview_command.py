@@ -11,6 +11,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from raee_serve.retrieval.aggregate import QUALITY
+
 NEIGHBOURS_SHOWN = 5
 BAR = 40
 """Characters of the longest bar."""
@@ -33,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", help="name or directory of the table's encoder, if moved")
     parser.add_argument("--k", type=int, help="neighbours to look up")
     parser.add_argument("--rule", help="how an exit is chosen")
+    parser.add_argument(
+        "--quality", type=float, help="share of full depth's quality that free text is to keep"
+    )
+    parser.add_argument("--shortcuts-file", metavar="FILE", help="exit shortcuts, as for serve")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
 
@@ -54,12 +60,17 @@ async def _previews(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]
     from raee_serve.server.settings import DepthSettings
 
     checkpoint = Path(local_checkpoint(args.model))
-    patient = DepthSettings(args.table, encoder=args.encoder, lookup_timeout_ms=60_000)
+    patient = DepthSettings(
+        args.table,
+        encoder=args.encoder,
+        lookup_timeout_ms=60_000,
+        shortcuts_file=args.shortcuts_file,
+    )
     with redirect_stdout(sys.stderr):  # what is loaded is not part of the answer
         gate = load_gate(
             patient, identify_backbone(checkpoint), checkpoint, [], registry=CollectorRegistry()
         )
-    raee = {"task": args.task, "k": args.k, "rule": args.rule}
+    raee = {"task": args.task, "k": args.k, "rule": args.rule, "quality": args.quality}
     kind: Kind = "chat" if args.chat else "completions"
     found = []
     for prompt in args.prompt:
@@ -79,7 +90,7 @@ def _report(prompt: str, decided: dict[str, Any]) -> Iterator[str]:
     yield repr(prompt)
     yield (
         f"  {decided['exit_layer']} of {decided['num_layers']} layers: {decided['reason']}, "
-        f"task {decided['task'] or '-'}"
+        f"task {decided['task'] or '-'}, {decided['exit_head']} exit head"
     )
     if "rule" not in decided:
         return
@@ -87,9 +98,10 @@ def _report(prompt: str, decided: dict[str, Any]) -> Iterator[str]:
     yield f"  rule {decided['rule']['name']}: {settings}"
     for neighbour in decided["neighbours"][:NEIGHBOURS_SHOWN]:
         yield f"  at {neighbour['distance']:.4f}  {neighbour['id']}"
+    chosen = decided["exit_head" if decided["rule"]["name"] == QUALITY else "head"]
     for head, scores in decided["exits"].items():
         yield f"  evidence by layer, {head} head:"
-        yield from _bars(scores, decided["exit_layer"] if head == decided["head"] else 0)
+        yield from _bars(scores, decided["exit_layer"] if head == chosen else 0)
 
 
 def _bars(scores: list[float], chosen: int) -> Iterator[str]:

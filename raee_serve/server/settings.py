@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raee_serve.errors import RaeeError
-from raee_serve.retrieval.aggregate import RULES
+from raee_serve.retrieval.aggregate import RULE_NAMES
 from raee_serve.retrieval.resources import BATCH_SIZE, DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.server.options import MAX_K
 
@@ -17,7 +17,8 @@ class DepthSettings:
     table: URI of the exit table; None with `exit_layer`.
     exit_layer: a number of layers or "full", as typed; None with `table`.
     watch_table: seconds between looks at whether the table has changed; None for never.
-    k, rule, fraction, vote_weight, encoder, max_distance: None leaves them to the table.
+    k, rule, fraction, vote_weight, quality, encoder, max_distance: None leaves them to the table.
+    shortcuts_file: exit shortcuts; None for those beside the table, if there are any.
     encoder_backend, rows_in_memory_mb: see `ExitRetriever.open`.
     """
 
@@ -33,6 +34,8 @@ class DepthSettings:
     watch_table: float | None = None
     encoder_backend: str = DEFAULT_BACKEND
     rows_in_memory_mb: float = ROWS_IN_MEMORY_MB
+    quality: float | None = None
+    shortcuts_file: str | None = None
 
     def __post_init__(self) -> None:
         if (self.table is None) == (self.exit_layer is None):
@@ -47,8 +50,10 @@ class DepthSettings:
                 raise RaeeError(
                     f"--watch-table is {self.watch_table:g}; allowed: 0.1..86400 seconds"
                 )
-        if self.rule is not None and self.rule not in RULES:
-            raise RaeeError(f"--rule is {self.rule!r}; allowed: {', '.join(sorted(RULES))}")
+        if self.rule is not None and self.rule not in RULE_NAMES:
+            raise RaeeError(f"--rule is {self.rule!r}; allowed: {', '.join(sorted(RULE_NAMES))}")
+        if self.quality is not None and not 0 < self.quality <= 1:
+            raise RaeeError(f"--quality is {self.quality}; allowed: above 0, at most 1")
         if self.lookup_timeout_ms <= 0:
             raise RaeeError(
                 f"--lookup-timeout-ms is {self.lookup_timeout_ms}; allowed: more than 0"

@@ -70,6 +70,7 @@ def in_shadow(decision: ExitDecision) -> ExitDecision:
         exit_layer=decision.num_layers,
         reason=Reason.SHADOW,
         label_bias=(),
+        exit_head="plain",
         decided_layer=decision.exit_layer,
     )
 

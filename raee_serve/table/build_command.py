@@ -11,17 +11,18 @@ import torch
 
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.errors import RaeeError, TableError
-from raee_serve.fingerprint import identify_backbone
+from raee_serve.fingerprint import BackboneIdentity, identify_backbone
 from raee_serve.retrieval.encoder import Encoder
+from raee_serve.shortcuts import Shortcuts, find_shortcuts
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder, finish_task, plan_task
 from raee_serve.table.datasets import Example, add_data_argument, load_examples
-from raee_serve.table.probe import LayerProbe
+from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.schema import TableMetadata
+from raee_serve.table.shortcuts import DEFAULT_TOKENS, default_layers
+from raee_serve.table.shortcuts_command import add_file_argument, fit_and_store, target_file
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS, get_task
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -67,8 +68,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--replace",
         action="store_true",
         help="swap the tasks' rows for these, at once when a task is finished; a changed template "
-        "needs it",
+        "or other shortcuts need it",
     )
+    parser.add_argument(
+        "--shortcuts",
+        action="store_true",
+        help="where the table has no exit shortcuts yet, fit them on the free-text tasks' text "
+        "first, as `raee-serve shortcuts fit` does; what is there is used in any case",
+    )
+    add_file_argument(parser)
 
 
 def run(args: Namespace) -> None:
@@ -77,21 +85,31 @@ def run(args: Namespace) -> None:
     if args.batch_size < 1:
         raise RaeeError(f"--batch-size {args.batch_size} is not allowed, it must be at least 1")
     # Everything cheap that can fail comes before the backbone is loaded.
+    work = [(task, _sample(task, args)) for task in map(get_task, dict.fromkeys(args.task))]
+    if args.shortcuts and not any(task.kind == "free-text" for task, _ in work):
+        raise RaeeError("--shortcuts needs a free-text task among those that are built")
+    if args.shortcuts and args.ray:
+        raise RaeeError("--shortcuts does not go with --ray; run raee-serve shortcuts fit before")
     if args.ray_workers is not None and (args.ray_workers < 1 or not args.ray):
         raise RaeeError(f"--ray-workers {args.ray_workers} must be at least 1, and goes with --ray")
-    work = [(task, _sample(task, args)) for task in map(get_task, dict.fromkeys(args.task))]
     checkpoint = local_checkpoint(args.model)
     encoder = Encoder(args.encoder, threads=torch.get_num_threads())
-    metadata = TableMetadata(identify_backbone(checkpoint), encoder.identity())
-    table = ExitTable.open_or_create(args.table, metadata)
+    backbone = identify_backbone(checkpoint)
+    table = ExitTable.open_or_create(args.table, TableMetadata(backbone, encoder.identity()))
     if not args.replace:
         for task, _ in work:
             table.metadata.check_task(task, args.table)
+    maps = _stored_shortcuts(args, backbone)
     if args.ray:
-        _run_over_cluster(args, work, table, str(checkpoint))
+        _run_over_cluster(args, work, table, str(checkpoint), maps)
         _compact(table)
         return
-    probe = LayerProbe(checkpoint, DTYPES[args.dtype])
+    probe = LayerProbe(checkpoint, DTYPES[args.dtype], maps)
+    if args.shortcuts and maps is None:
+        free_text = [(task, rows) for task, rows in work if task.kind == "free-text"]
+        target = target_file(args.table, args.shortcuts_file)
+        layers = default_layers(backbone.num_layers)
+        probe.shortcuts = fit_and_store(probe, backbone, free_text, layers, DEFAULT_TOKENS, target)
     for task, examples in work:
         builder = TaskBuilder(
             task,
@@ -106,6 +124,16 @@ def run(args: Namespace) -> None:
     _compact(table)
 
 
+def _stored_shortcuts(args: Namespace, backbone: BackboneIdentity) -> Shortcuts | None:
+    """Those beside the table, if any. Raises TableError for ones that are of no use."""
+    path = find_shortcuts(args.table, args.shortcuts_file)
+    if path is None or (args.shortcuts and not path.is_file()):
+        return None
+    shortcuts = Shortcuts.load(path)
+    shortcuts.check_backbone(backbone, str(path))
+    return shortcuts
+
+
 def _compact(table: ExitTable) -> None:
     try:
         table.compact()
@@ -114,17 +142,21 @@ def _compact(table: ExitTable) -> None:
 
 
 def _run_over_cluster(
-    args: Namespace, work: Sequence[tuple[Task, list[Example]]], table: ExitTable, checkpoint: str
+    args: Namespace,
+    work: Sequence[tuple[Task, list[Example]]],
+    table: ExitTable,
+    checkpoint: str,
+    shortcuts: Shortcuts | None,
 ) -> None:
     from raee_serve.table import ray_build
 
-    backbone = ray_build.ReadBackbone(checkpoint)
+    backbone = ray_build.ReadBackbone(checkpoint, shortcuts)
     plans = [
         plan_task(task, table, backbone, rows, args.batch_size, replace=args.replace)
         for task, rows in work
     ]
     names = (_wherever(args.model), _wherever(args.encoder))
-    models = ray_build.Models(*names, DTYPES[args.dtype], table.metadata)
+    models = ray_build.Models(*names, DTYPES[args.dtype], table.metadata, shortcuts)
     with ray_build.cluster(args.ray) as resources:
         pools = ray_build.Pools.of(resources, args.ray_workers)
         print(f"raee-serve: {pools.probe} Ray workers probe, up to {pools.encode} encode")

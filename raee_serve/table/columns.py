@@ -63,7 +63,7 @@ def from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) -> 
             label_logprobs=_matrix(columns, "label_logprobs", (n, num_layers, labels)),
             texts=texts,
         )
-    probed = (n, len(entry.layers))
+    probed = (n, entry.num_exits)
     return TaskRows(
         *common,
         reference_logprob=_matrix(columns, "reference_logprob", probed),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from raee_serve.records import EXIT_HEADS
 from raee_serve.table.schema import TaskEntry, TaskRows
 
 AGREEMENT = 0.9
@@ -24,7 +25,26 @@ def evidence_of(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np
         assert rows.label_logprobs is not None and rows.golds is not None
         return label_evidence(rows.label_logprobs, rows.golds)
     assert rows.reference_logprob is not None and rows.agreement is not None
-    return free_text_evidence(rows.reference_logprob, rows.agreement, entry.layers, num_layers)
+    plain = slice(len(entry.layers))
+    logprob, agreement = rows.reference_logprob[:, plain], rows.agreement[:, plain]
+    return free_text_evidence(logprob, agreement, entry.layers, num_layers)
+
+
+def kept_quality(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np.float32]:
+    """[n, len(EXIT_HEADS), num_layers], within 0..1: the share of full depth's quality that each
+    exit keeps on the rows of a free-text task; 0 for exits that were not probed, 1 at full depth.
+
+    Of one reference token full depth's probability is kept to exp(difference of the mean
+    log-probabilities); an exit that does better than full depth keeps all.
+    """
+    logprob = rows.reference_logprob
+    assert logprob is not None, f"task {entry.name} is not of free text"
+    full = len(entry.layers) - 1
+    share = np.exp(np.minimum(logprob - logprob[:, full, None], 0))
+    kept = np.zeros((len(logprob), len(EXIT_HEADS), num_layers), np.float32)
+    kept[:, 0, np.array(entry.layers) - 1] = share[:, : full + 1]
+    kept[:, 1, np.array(entry.shortcut_layers, int) - 1] = share[:, full + 1 :]
+    return kept
 
 
 def label_evidence(scores: NDArray[np.floating], golds: NDArray[np.int32]) -> NDArray[np.float32]:

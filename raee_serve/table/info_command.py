@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from raee_serve.table.evidence import evidence_of
+from raee_serve.records import EXIT_HEADS
+from raee_serve.table.evidence import evidence_of, kept_quality
 from raee_serve.table.schema import TaskEntry
 from raee_serve.table.store import ExitTable
 
@@ -45,3 +46,11 @@ def _describe_task(table: ExitTable, entry: TaskEntry) -> Iterator[str]:
         right = (evidence > 0).mean(axis=0)
         rates = "  ".join(f"{layer}: {right[layer - 1]:.0%}" for layer in entry.layers)
         yield f"  rows answered correctly at layer  {rates}"
+    if len(rows) and entry.kind == "free-text":
+        kept = kept_quality(rows, entry, table.metadata.backbone.num_layers).mean(axis=0)
+        for head, layers, shares in zip(
+            EXIT_HEADS, (entry.layers, entry.shortcut_layers), kept, strict=True
+        ):
+            if layers:
+                rates = "  ".join(f"{layer}: {shares[layer - 1]:.0%}" for layer in layers)
+                yield f"  quality kept by the {head} head at layer  {rates}"

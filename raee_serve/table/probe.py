@@ -19,7 +19,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raee_serve.errors import CheckpointError
+from raee_serve.shortcuts import Shortcuts
 
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of a backbone's weights, by what commands call them."""
 HEAD_ROWS = 128
 """Positions put through the whole LM head at a time: times a 262,144-word vocabulary in float32
 that is 134 MB."""
@@ -29,12 +32,19 @@ class LayerProbe:
     """A backbone in transformers whose every layer can be asked.
 
     dtype: float32 on CPUs without native bf16, else bf16, unless given.
+    shortcuts: through which references are scored too, None for the plain head alone.
     """
 
-    def __init__(self, checkpoint: str | Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        dtype: torch.dtype | None = None,
+        shortcuts: Shortcuts | None = None,
+    ) -> None:
         """Raises CheckpointError if the checkpoint is not a decoder with layers and final norm."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype or default_dtype(self.device)
+        self.shortcuts = shortcuts
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
             model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.dtype)
@@ -79,16 +89,35 @@ class LayerProbe:
         return logprobs
 
     @torch.inference_mode()
+    def states(
+        self, sequences: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """By layer: [sum of lengths, hidden], the states after it at every position, in order."""
+        lengths = [len(sequence) for sequence in sequences]
+        rows = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths))
+        columns = torch.cat([torch.arange(length) for length in lengths])
+        with self._capture(layers, lambda state: state[rows, columns]) as states:
+            self.bare_forward(sequences)
+        return states
+
+    @torch.inference_mode()
+    def top_tokens(self, states: Tensor) -> Tensor:
+        """[n, hidden] states before the final norm -> [n] most probable tokens."""
+        states = states.to(self.device, self.dtype)
+        return torch.cat([self._logits(s, self._head).argmax(1) for s in states.split(HEAD_ROWS)])
+
+    @torch.inference_mode()
     def reference_scores(
         self,
         prompts: Sequence[Sequence[int]],
         references: Sequence[Sequence[int]],
         layers: Sequence[int],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Teacher-forced scores of each prompt's reference at `layers`, full depth last.
+        """Teacher-forced scores of each prompt's reference at `layers`, full depth last, and then
+        through each of the shortcuts.
 
         Returns the mean log-probability of the reference's tokens, and the share of its positions
-        at which the layer's most probable token is full depth's: both [n, len(layers)].
+        at which the exit's most probable token is full depth's: both [n, exits].
         """
         assert layers[-1] == self.num_layers, f"full depth is not the last of {layers}"
         sequences = [[*p, *r[:-1]] for p, r in zip(prompts, references, strict=True)]
@@ -99,12 +128,16 @@ class LayerProbe:
         ]
         columns = torch.cat(predicting)
         targets = torch.tensor([t for r in references for t in r], device=self.device)
-        with self._capture(layers, lambda state: state[rows, columns]) as states:
+        maps = {} if self.shortcuts is None else self.shortcuts.by_layer
+        captured = sorted({*layers, *maps})
+        with self._capture(captured, lambda state: state[rows, columns]) as states:
             self.bare_forward(sequences)
-        scores = [self._token_scores(states[layer], targets) for layer in layers]
+        exits = [states[layer] for layer in layers]
+        exits += [maps[layer].to(self.device, self.dtype)(states[layer]) for layer in maps]
+        scores = [self._token_scores(exit, targets) for exit in exits]
         logprobs = torch.stack([logprob for logprob, _ in scores], dim=1)
         tops = torch.stack([top for _, top in scores], dim=1)
-        agreement = (tops == tops[:, -1:]).float()
+        agreement = (tops == tops[:, len(layers) - 1, None]).float()
         return _mean_per_row(logprobs, lengths), _mean_per_row(agreement, lengths)
 
     def _pad(self, sequences: Sequence[Sequence[int]]) -> Tensor:

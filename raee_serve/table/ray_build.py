@@ -25,6 +25,7 @@ from raee_serve.checkpoints import local_checkpoint
 from raee_serve.errors import RaeeError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
+from raee_serve.shortcuts import Shortcuts
 from raee_serve.table.build import TaskWork
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Batch, RowMaker
@@ -43,13 +44,14 @@ class Models:
     """What workers load, and what it must turn out to be on every machine of the cluster.
 
     backbone, encoder: names, directories or hub ids; dtype: of the backbone, None for the
-    device's own.
+    device's own. shortcuts: that free text is probed through, if any.
     """
 
     backbone: str
     encoder: str
     dtype: torch.dtype | None
     expected: TableMetadata
+    shortcuts: Shortcuts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class ProbeStage:
     def __init__(self, models: Models) -> None:
         checkpoint = local_checkpoint(models.backbone)
         models.expected.check_backbone(identify_backbone(checkpoint), "to be built")
-        self._probe = LayerProbe(checkpoint, models.dtype)
+        self._probe = LayerProbe(checkpoint, models.dtype, models.shortcuts)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         group: Group = pickle.loads(row["group"])
@@ -117,7 +119,8 @@ class ProbeStage:
 class ReadBackbone:
     """What tokenising needs of a checkpoint, its weights left alone; see `ReadsPrompts`."""
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, shortcuts: Shortcuts | None = None) -> None:
+        self.shortcuts = shortcuts
         config = AutoConfig.from_pretrained(checkpoint).get_text_config()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
         self.num_layers = int(config.num_hidden_layers)

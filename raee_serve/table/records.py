@@ -15,6 +15,7 @@ from uuid import uuid4
 from raee_serve.errors import TableError
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.table.schema import (
+    DEFAULT_QUALITY,
     FORMAT,
     METRIC,
     EncoderIdentity,
@@ -77,12 +78,17 @@ def binding_record(metadata: TableMetadata) -> str:
 
 
 def task_record(entry: TaskEntry) -> str:
-    return json.dumps(asdict(entry))
+    """Without what it has nothing of, for older versions know no shortcuts."""
+    optional = ("shortcut_layers", "shortcuts")
+    return json.dumps({k: v for k, v in asdict(entry).items() if v or k not in optional})
 
 
 def choice_record(choice: RuleChoice, entry: TaskEntry) -> str:
-    """A choice is bound to the rows it was made from."""
-    return json.dumps({"shelf": entry.shelf, "choice": asdict(choice)})
+    """A choice is bound to the rows it was made from. Older versions know no quality."""
+    own = asdict(choice)
+    if choice.quality == DEFAULT_QUALITY:
+        del own["quality"]
+    return json.dumps({"shelf": entry.shelf, "choice": own})
 
 
 def metadata_of(records: Mapping[str, str]) -> TableMetadata:
@@ -135,6 +141,6 @@ def _metadata(
 
 
 def _task_entry(raw: Mapping[str, Any]) -> TaskEntry:
-    lists = ("label_words", "label_token_ids", "layers")
+    lists = ("label_words", "label_token_ids", "layers", "shortcut_layers")
     fields: dict[str, Any] = {key: tuple(v) if key in lists else v for key, v in raw.items()}
     return TaskEntry(**fields)

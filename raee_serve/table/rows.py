@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from raee_serve.errors import TaskError
 from raee_serve.retrieval.encoder import Encoder
+from raee_serve.shortcuts import Shortcuts
 from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.schema import TaskEntry, TaskRows, row_id
@@ -51,11 +52,15 @@ Scores = tuple[NDArray[np.float32], ...]
 
 
 class ReadsPrompts(Protocol):
-    """What tokenising needs to know of a backbone; `LayerProbe` does. max_length: in tokens."""
+    """What tokenising needs to know of a backbone; `LayerProbe` does.
+
+    max_length: in tokens. shortcuts: through which free text is probed too, if any.
+    """
 
     tokenizer: Any
     num_layers: int
     max_length: int
+    shortcuts: Shortcuts | None
 
 
 class ItemMaker:
@@ -67,7 +72,8 @@ class ItemMaker:
         self._backbone = backbone
         label_ids, depth = task.label_token_ids(backbone.tokenizer), backbone.num_layers
         layers = tuple(range(1, depth + 1)) if label_ids else free_text_layers(depth)
-        self.entry = TaskEntry.of(task, label_ids, layers)
+        shortcuts = None if label_ids else backbone.shortcuts
+        self.entry = TaskEntry.of(task, label_ids, layers, shortcuts)
 
     def id(self, example: Example) -> str:
         return row_id(self._task.name, example.text, example.gold)

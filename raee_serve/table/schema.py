@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from raee_serve.errors import BindingError
 from raee_serve.fingerprint import BackboneIdentity
+from raee_serve.shortcuts import Shortcuts
 from raee_serve.table.task import Kind, Task
 
+DEFAULT_QUALITY = 0.95
 FORMAT = 2
 """Raised whenever rows or metadata change in a way older readers would misread. 1 kept its metadata
 in a LanceDB table of their own; it is read still, and becomes 2 with the first change."""
@@ -32,8 +34,8 @@ def row_schema(dimension: int) -> pa.Schema:
             pa.field("vector", pa.list_(pa.float32(), dimension), nullable=False),
             pa.field("gold", pa.int32()),  # label index
             pa.field("label_logprobs", floats),  # num_layers * num_labels, layer-major
-            pa.field("reference_logprob", floats),  # free text: mean per probed layer
-            pa.field("agreement", floats),  # free text: with full depth, per probed layer
+            pa.field("reference_logprob", floats),  # free text: mean per probed exit
+            pa.field("agreement", floats),  # free text: with full depth, per probed exit
             pa.field("text", pa.string()),  # the key text, if asked for
         ]
     )
@@ -52,9 +54,10 @@ class TaskRows:
     vectors: [n, dimension] float32, L2-normalised
     golds: [n] int32, label indices
     label_logprobs: [n, num_layers, num_labels] float32, log-softmax over the label words
-    reference_logprob: [n, len(layers)] float32, mean over the reference's tokens
-    agreement: [n, len(layers)] float32 within 0..1, share of positions where the layer's most
+    reference_logprob: [n, num_exits] float32, mean over the reference's tokens
+    agreement: [n, num_exits] float32 within 0..1, share of positions where the exit's most
         probable token is full depth's
+    Exits are the task's `layers` with the plain head, then its `shortcut_layers`.
     texts: key texts, or None if they are not kept
     """
 
@@ -91,6 +94,8 @@ class TaskEntry:
     """What the table records about one of its tasks.
 
     version: Task.version at build time; layers: the probed ones, ascending, full depth last.
+    shortcut_layers: those at which free text was probed through a shortcut too, ascending;
+        shortcuts: the digest of these shortcuts, empty without any.
     shelf: what stands in the `task` column of its rows; the table gives it. Replaced rows go to a
         new shelf, and no reader sees them before the entry names it.
     """
@@ -102,26 +107,54 @@ class TaskEntry:
     label_token_ids: tuple[int, ...]
     layers: tuple[int, ...]
     shelf: str = field(default="", compare=False)
+    shortcut_layers: tuple[int, ...] = ()
+    shortcuts: str = ""
 
     @classmethod
-    def of(cls, task: Task, label_token_ids: tuple[int, ...], layers: tuple[int, ...]) -> TaskEntry:
-        return cls(task.name, task.version, task.kind, task.label_words, label_token_ids, layers)
+    def of(
+        cls,
+        task: Task,
+        label_token_ids: tuple[int, ...],
+        layers: tuple[int, ...],
+        shortcuts: Shortcuts | None = None,
+    ) -> TaskEntry:
+        short = ((), "") if shortcuts is None else (shortcuts.layers, shortcuts.digest)
+        return cls(
+            task.name,
+            task.version,
+            task.kind,
+            task.label_words,
+            label_token_ids,
+            layers,
+            shortcut_layers=short[0],
+            shortcuts=short[1],
+        )
+
+    @property
+    def num_exits(self) -> int:
+        """That free text was probed at."""
+        return len(self.layers) + len(self.shortcut_layers)
 
     def on_shelf(self, number: int) -> TaskEntry:
         """A copy whose rows go to the shelf of that number; entries that differ share none."""
         shape = [self.version, self.kind, self.label_words, self.label_token_ids, self.layers]
+        shape += [self.shortcuts] if self.shortcuts else []
         digest = hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
         return replace(self, shelf=f"{self.name}/{digest}/{number}")
 
 
 @dataclass(frozen=True, slots=True)
 class RuleChoice:
-    """How exits of a task are chosen; see `retrieval.aggregate`. vote_weight: of fused exits."""
+    """How exits of a task are chosen; see `retrieval.aggregate`.
+
+    vote_weight: of fused exits. quality: share of full depth's that the rule of that name keeps.
+    """
 
     rule: str
     k: int
     fraction: float
     vote_weight: float
+    quality: float = DEFAULT_QUALITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +194,17 @@ class TableMetadata:
                 f"exit table {where} was built with encoder {self.encoder}, not with {encoder}"
             )
 
+    def check_shortcuts(self, shortcuts: Shortcuts | None, where: str) -> None:
+        """Raises BindingError naming both sides if rows were probed through other shortcuts."""
+        for entry in self.tasks.values():
+            if entry.shortcuts and (shortcuts is None or shortcuts.digest != entry.shortcuts):
+                raise BindingError(
+                    f"exit table {where}: rows of {entry.name} were probed through shortcuts "
+                    f"{entry.shortcuts} at layers {entry.shortcut_layers}, not through "
+                    f"{shortcuts.digest if shortcuts else 'none'}; {REMEDY}, or name the file "
+                    "(--shortcuts-file)"
+                )
+
     def check_task(self, task: Task, where: str) -> None:
         """Raises BindingError naming both template versions if it holds the task under another."""
         entry = self.tasks.get(task.name)
@@ -175,5 +219,6 @@ class TableMetadata:
 def _described(entry: TaskEntry) -> str:
     return (
         f"template version {entry.version}, label words {entry.label_words}, their tokens "
-        f"{entry.label_token_ids}, layers {entry.layers}"
+        f"{entry.label_token_ids}, layers {entry.layers}, "
+        + (f"shortcuts {entry.shortcuts} at {entry.shortcut_layers}" if entry.shortcuts else "none")
     )

@@ -295,6 +295,14 @@ class ExitTable:
             self._read_metadata()
 
 
+def exists(uri: str) -> bool:
+    """Whether there is an exit table. Raises TableError where that cannot be told."""
+    if _is_local(uri) and not Path(uri).is_dir():
+        return False
+    with _naming(uri, "cannot open it"):
+        return EXITS in _table_names(lancedb.connect(uri))
+
+
 @contextmanager
 def _naming(uri: str, what: str) -> Iterator[None]:
     """Turns any failure inside into a TableError that starts with the table's URI."""

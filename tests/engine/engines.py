@@ -15,6 +15,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import StructuredOutputsParams
 
 from raee_serve.engine.settings import engine_options, exit_args
+from raee_serve.records import ExitHead
 from tests.engine.workload import CHUNK
 
 ENGINE_ARGS: dict[str, Any] = {
@@ -66,11 +67,16 @@ def tiny_engine(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
 
 
 def generate_at(
-    llm: LLM, prompts: Sequence[list[int]], exit_layers: Sequence[int], **sampling: Any
+    llm: LLM,
+    prompts: Sequence[list[int]],
+    exit_layers: Sequence[int],
+    heads: Sequence[ExitHead] | None = None,
+    **sampling: Any,
 ) -> list[list[int]]:
-    """Greedy tokens of each prompt at its exit layer, all in one continuous batch."""
+    """Greedy tokens of each prompt at its exit, all in one continuous batch."""
     greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
-    params = [SamplingParams(**greedy | sampling, extra_args=exit_args(d)) for d in exit_layers]
+    exits = zip(exit_layers, heads or ["plain"] * len(exit_layers), strict=True)
+    params = [SamplingParams(**greedy | sampling, extra_args=exit_args(*exit)) for exit in exits]
     inputs = [{"prompt_token_ids": p} for p in prompts]
     return [list(o.outputs[0].token_ids) for o in llm.generate(inputs, params, use_tqdm=False)]
 

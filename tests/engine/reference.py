@@ -4,12 +4,15 @@ The layers are dropped from the loaded model; that a checkpoint cut on disk is t
 `tests/unit/test_cut.py`'s business, and saves writing nine of them here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from raee_serve.shortcuts import Shortcut
 
 TIE = 1e-4
 """Logit distance within which two greedy choices count as equal (invariant 2)."""
@@ -30,8 +33,11 @@ def greedy_mismatches(
     depth: int,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
+    shortcut: Shortcut | None = None,
 ) -> list[tuple[int, int, float]]:
     """Places where greedy decoding of the cut checkpoint would have gone another way.
+
+    shortcut: stands between the last of its layers and the final norm.
 
     Each completion is forced on the cut model; since every token must be its greedy choice
     given all before it, none wrong means the whole greedy sequences are equal.
@@ -43,7 +49,7 @@ def greedy_mismatches(
     wrong = []
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         tokens = torch.tensor([[*prompt, *completion]])
-        with torch.inference_mode():
+        with torch.inference_mode(), before_norm(model, shortcut):
             kept = len(completion) + 1
             logits = model(tokens, use_cache=False, logits_to_keep=kept).logits[0, :-1]
         chosen = logits.gather(1, torch.tensor(completion)[:, None])[:, 0]
@@ -52,21 +58,39 @@ def greedy_mismatches(
     return wrong
 
 
+@contextmanager
+def before_norm(model: PreTrainedModel, shortcut: Shortcut | None) -> Iterator[None]:
+    """While open, the final norm is given what `shortcut` makes of the state."""
+    if shortcut is None:
+        yield
+        return
+    hook = model.model.norm.register_forward_pre_hook(
+        lambda _, args: (args[0] @ shortcut.weight.T + shortcut.bias,)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def mixed_mismatches(
     checkpoint: Path,
     depths: Sequence[int],
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
+    shortcuts: Mapping[int, Shortcut] | None = None,
 ) -> list[tuple[int, int, int, float]]:
     """`greedy_mismatches` of requests of several depths.
 
+    shortcuts: by request index, of those that leave through one.
     Returns (depth, request index, token index, logit distance to the best) of each wrong token.
     """
+    exits = [(depth, (shortcuts or {}).get(i)) for i, depth in enumerate(depths)]
     wrong = []
-    for depth in sorted(set(depths)):
-        at_depth = [i for i, d in enumerate(depths) if d == depth]
-        found = greedy_mismatches(
-            checkpoint, depth, [prompts[i] for i in at_depth], [completions[i] for i in at_depth]
-        )
-        wrong += [(depth, at_depth[i], place, behind) for i, place, behind in found]
+    for depth, is_short in sorted({(depth, s is not None) for depth, s in exits}):
+        there = [i for i, (d, s) in enumerate(exits) if (d, s is not None) == (depth, is_short)]
+        shortcut = exits[there[0]][1]
+        chosen = [prompts[i] for i in there], [completions[i] for i in there]
+        found = greedy_mismatches(checkpoint, depth, *chosen, shortcut)
+        wrong += [(depth, there[i], place, behind) for i, place, behind in found]
     return wrong

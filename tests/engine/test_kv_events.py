@@ -22,15 +22,20 @@ def test_each_depth_stores_blocks_of_its_own(tmp_path, monkeypatch):
 
     stored = {}
     with tiny_engine(checkpoint, kv_events_config=events_on) as llm:
-        publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
         for depth in (2, 4, 2, NUM_LAYERS):
-            batches = []
-            monkeypatch.setattr(publisher, "publish", batches.append)
-            generate_at(llm, [prompt], [depth], max_tokens=1)
-            events = [event for batch in batches for event in batch.events]
-            hashes = [h for e in events if isinstance(e, BlockStored) for h in e.block_hashes]
-            stored.setdefault(depth, []).append(set(hashes))
+            found, _ = stored_blocks(llm, monkeypatch, prompt, depth)
+            stored.setdefault(depth, []).append(found)
 
     assert [len(found) for found in stored[2]] == [2, 0]  # the second finds the first's blocks
     assert len(stored[4][0]) == len(stored[NUM_LAYERS][0]) == 2
     assert len(set().union(*(found for times in stored.values() for found in times))) == 6
+
+
+def stored_blocks(llm, monkeypatch, prompt, depth, head="plain"):
+    """(hashes of the blocks that a request at this exit stores, its one token)"""
+    publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+    batches = []
+    monkeypatch.setattr(publisher, "publish", batches.append)
+    [tokens] = generate_at(llm, [prompt], [depth], [head], max_tokens=1)
+    events = [event for batch in batches for event in batch.events]
+    return {h for e in events if isinstance(e, BlockStored) for h in e.block_hashes}, tokens

@@ -75,7 +75,16 @@ class Server:
     decision: of every look-up that is made.
     """
 
-    def __init__(self, *, fixed_layer=None, api_key=None, access=None, seed=None, **valves):
+    def __init__(
+        self,
+        *,
+        fixed_layer=None,
+        api_key=None,
+        access=None,
+        seed=None,
+        shortcut_layers=(),
+        **valves,
+    ):
         self.engine, self.looked_up, self.bodies = FakeEngine(), [], []
         self.decision = DECISION
         self.registry = CollectorRegistry()
@@ -84,7 +93,12 @@ class Server:
         self.valves = Valves(**valves)
         self.gate = Gate(
             admission=Admission(
-                NUM_LAYERS, tasks, labels, fixed_layer=fixed_layer, valves=self.valves
+                NUM_LAYERS,
+                tasks,
+                labels,
+                fixed_layer=fixed_layer,
+                valves=self.valves,
+                shortcut_layers=shortcut_layers,
             ),
             lookups=LookupBatcher(self.decide, num_layers=NUM_LAYERS, timeout_s=5),
             detokenize=lambda ids: " ".join("w" for _ in ids) + " It was",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, exit_args
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.depths import PromptDepth, RequestDepths
 from raee_serve.server.engine_client import at_depth
@@ -27,11 +27,36 @@ def test_each_prompt_has_its_own_depth_and_its_own_dict():
     assert server.looked_up == ["a", "c"]
     headers = answer.headers
     assert headers["x-raee-exit-layer"] == "5, 30, 5"
+    assert headers["x-raee-exit-head"] == "plain, plain, plain"
     assert headers["x-raee-num-layers"] == "30, 30, 30"
     assert headers["x-raee-reason"] == "retrieved, unmatched, retrieved"
     assert headers["x-raee-task"] == "sst2, -, sst2"
     assert headers["x-raee-distance"] == "0.2500, -, 0.2500"
     assert len(headers["x-raee-lookup-ms"].split(", ")) == 3
+
+
+def test_the_exit_head_reaches_the_engine_the_headers_and_the_metrics():
+    server = Server(shortcut_layers=(22, 25))
+    asked = {"exit_layer": 25, "exit_head": "shortcut"}
+    answer = server.post(prompt=["a It was", "b"], raee=asked, vllm_xargs={EXIT_HEAD_KEY: "x"})
+    assert answer.headers["x-raee-exit-head"] == "shortcut, shortcut"
+    server.post(prompt="a It was", raee={"exit_layer": 25}, vllm_xargs={EXIT_HEAD_KEY: "shortcut"})
+    heads = [params.extra_args.get(EXIT_HEAD_KEY) for params in server.engine.params]
+    assert heads == ["shortcut", "shortcut", None]
+    server.decision = replace(DECISION, label_bias=(), exit_head="shortcut")
+    server.post(prompt="a It was", **ALLOWED)
+    assert server.engine.params[-1].extra_args == exit_args(5, "shortcut")
+    assert server.value("raee_exit_heads_total", head="shortcut", task="-") == 2
+    assert server.value("raee_exit_heads_total", head="shortcut", task="sst2") == 1
+    assert server.value("raee_exit_heads_total", head="plain", task="-") == 1
+
+
+def test_a_layer_without_a_shortcut_is_refused_by_name():
+    server = Server(shortcut_layers=(22, 25))
+    answer = server.post(prompt="a", raee={"exit_layer": 24, "exit_head": "shortcut"})
+    assert answer.status_code == 400 and not server.bodies
+    assert answer.json()["error"]["param"] == "raee.exit_head"
+    assert "layers that have shortcuts: 22, 25" in answer.json()["error"]["message"]
 
 
 def test_a_stream_has_the_headers_too():

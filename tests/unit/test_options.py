@@ -7,8 +7,14 @@ from raee_serve.server.options import MAX_K, OptionError, RaeeOptions, parse_opt
 pytestmark = pytest.mark.unit
 
 
-def parse(value, tasks=("sst2", "trec")):
-    return parse_options(value, num_layers=30, tasks=tasks, rules=("earliest", "published"))
+def parse(value, tasks=("sst2", "trec"), shortcut_layers=(22, 25)):
+    return parse_options(
+        value,
+        num_layers=30,
+        tasks=tasks,
+        rules=("earliest", "published"),
+        shortcut_layers=shortcut_layers,
+    )
 
 
 @pytest.mark.parametrize(
@@ -20,6 +26,13 @@ def parse(value, tasks=("sst2", "trec")):
         ({"exit_layer": 1}, RaeeOptions(exit_layer=1)),
         ({"exit_layer": 30}, RaeeOptions(exit_layer=30)),
         ({"exit_layer": "full"}, RaeeOptions(exit_layer=30)),
+        ({"exit_layer": 3, "exit_head": "plain"}, RaeeOptions(exit_layer=3)),
+        ({"exit_head": "plain"}, RaeeOptions()),
+        (
+            {"exit_layer": 25, "exit_head": "shortcut"},
+            RaeeOptions(exit_layer=25, exit_head="shortcut"),
+        ),
+        ({"quality": 1, "task": "sst2"}, RaeeOptions(task="sst2", quality=1)),
         (
             {"task": "trec", "k": MAX_K, "rule": "published"},
             RaeeOptions(task="trec", k=MAX_K, rule="published"),
@@ -52,6 +65,21 @@ def test_good_values(value, expected):
         ({"k": "12"}, "raee.k", f"1..{MAX_K}"),
         ({"rule": "latest"}, "raee.rule", "earliest, published"),
         ({"rule": {}}, "raee.rule", "earliest, published"),
+        ({"exit_head": "fused"}, "raee.exit_head", "plain, shortcut"),
+        ({"exit_head": ["plain"]}, "raee.exit_head", "plain, shortcut"),
+        ({"exit_head": True}, "raee.exit_head", "plain, shortcut"),
+        ({"exit_head": "shortcut"}, "raee.exit_head", "auto; layers that have shortcuts: 22, 25"),
+        (
+            {"exit_head": "shortcut", "exit_layer": 24},
+            "raee.exit_head",
+            "is 24; layers that have shortcuts: 22, 25",
+        ),
+        ({"exit_head": "shortcut", "exit_layer": "full"}, "raee.exit_head", "22, 25"),
+        ({"quality": 0}, "raee.quality", "a number above 0 and at most 1"),
+        ({"quality": 1.01}, "raee.quality", "a number above 0 and at most 1"),
+        ({"quality": float("nan")}, "raee.quality", "a number above 0 and at most 1"),
+        ({"quality": "0.9"}, "raee.quality", "a number above 0 and at most 1"),
+        ({"quality": True}, "raee.quality", "a number above 0 and at most 1"),
     ],
 )
 def test_bad_values_are_named_with_what_is_allowed(value, parameter, allowed):
@@ -61,7 +89,12 @@ def test_bad_values_are_named_with_what_is_allowed(value, parameter, allowed):
     assert allowed in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["task", "k", "rule"])
+def test_without_shortcuts_there_are_none_to_ask_for():
+    with pytest.raises(OptionError, match="none on this server"):
+        parse({"exit_layer": 25, "exit_head": "shortcut"}, shortcut_layers=())
+
+
+@pytest.mark.parametrize("field", ["task", "k", "rule", "quality"])
 def test_without_a_table_only_the_depth_can_be_asked_for(field):
     with pytest.raises(OptionError, match=r"without one.*allowed: exit_layer"):
         parse({field: "sst2"}, tasks=())

@@ -1,5 +1,6 @@
 """Truncation plans: every row runs exactly its own layers, and nothing else moves."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -18,18 +19,20 @@ NUM_LAYERS = 6
 
 @st.composite
 def batches(draw):
-    """Exit layer, rows, and rows wanted after the last layer of each of up to 12 requests."""
+    """Exit layer, rows, rows wanted after the last layer, and whether these leave through the
+    shortcut, of each of up to 12 requests."""
     requests = []
     for _ in range(draw(st.integers(1, 12))):
         query_len = draw(st.integers(1, 5))
         wanted = draw(st.integers(1, query_len))
-        requests.append((draw(st.integers(1, NUM_LAYERS)), query_len, wanted))
+        depth = draw(st.integers(1, NUM_LAYERS))
+        requests.append((depth, query_len, wanted, depth < NUM_LAYERS and draw(st.booleans())))
     return requests
 
 
 def planned(requests):
-    exits, lens, wanted = zip(*requests, strict=True)
-    return plan_truncation(exits, lens, NUM_LAYERS, wanted)
+    exits, lens, wanted, shortcuts = zip(*requests, strict=True)
+    return plan_truncation(exits, lens, NUM_LAYERS, wanted, shortcuts)
 
 
 class CountingLayer(nn.Module):
@@ -76,6 +79,13 @@ class CountingDecoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(CountingLayer(i) for i in range(NUM_LAYERS))
+        self.shortcuts = {d: partial(self.through, d) for d in range(1, NUM_LAYERS)}
+        self.mapped = []
+
+    def through(self, depth, states):
+        """The shortcut after so many layers: takes a thousand times their number off."""
+        self.mapped += states[:, 1].tolist()
+        return states - torch.tensor([1000.0 * depth, 0.0]).double()
 
     @staticmethod
     def embed_input_ids(input_ids):
@@ -86,27 +96,40 @@ class CountingDecoder(nn.Module):
         return hidden + residual, None
 
     def run(self, plan, rows):
-        return run_truncated(self, plan, rows, rows, residual_norm="rejoin")
+        return run_truncated(
+            self, plan, rows, rows, residual_norm="rejoin", shortcuts=self.shortcuts
+        )
 
 
 def rows_of(requests):
     """The numbers of each request's rows, in batch order; unlike any count of layers."""
-    rows = torch.arange(sum(n for _, n, _ in requests)) + 100
-    return rows.split([n for _, n, _ in requests])
+    rows = torch.arange(sum(n for _, n, *_ in requests)) + 100
+    return rows.split([n for _, n, *_ in requests])
 
 
 @given(batches())
 def test_wanted_rows_run_exactly_the_layers_of_their_request(requests):
     plan = planned(requests)
     if plan is None:
-        assert {d for d, _, _ in requests} == {NUM_LAYERS}
+        assert {d for d, *_ in requests} == {NUM_LAYERS}
         return
     rows = rows_of(requests)
     out = CountingDecoder().run(plan, torch.cat(rows)).split([len(r) for r in rows])
-    for (depth, _, wanted), own, state in zip(requests, rows, out, strict=True):
+    for (depth, _, wanted, shortcut), own, state in zip(requests, rows, out, strict=True):
         assert torch.equal(state[-wanted:, 1], own[-wanted:].double())
-        assert (state[:, 0] == 2.0**depth - 1).all()
+        assert (state[:, 0] == 2.0**depth - 1 - 1000 * depth * shortcut).all()
         assert set(state[:, 1].tolist()) <= set(own.tolist())
+
+
+@given(batches())
+def test_shortcuts_map_wanted_rows_alone(requests):
+    plan = planned(requests)
+    if plan is None:
+        return
+    decoder, rows = CountingDecoder(), rows_of(requests)
+    decoder.run(plan, torch.cat(rows))
+    expected = [r[-w:] for (*_, w, shortcut), r in zip(requests, rows, strict=True) if shortcut]
+    assert sorted(decoder.mapped) == torch.cat([*expected, torch.empty(0)]).tolist()
 
 
 @given(batches())
@@ -117,9 +140,9 @@ def test_every_row_writes_its_key_in_each_layer_it_runs(requests):
     decoder = CountingDecoder()
     rows = rows_of(requests)
     decoder.run(plan, torch.cat(rows))
-    for index in range(max(d for d, _, _ in requests)):
+    for index in range(max(d for d, *_ in requests)):
         attention = decoder.layers[index].self_attn.attn
-        alive = [(d, r, w) for (d, _, w), r in zip(requests, rows, strict=True) if d > index]
+        alive = [(d, r, w) for (d, _, w, _), r in zip(requests, rows, strict=True) if d > index]
         queries = torch.cat([r[-w:] if d == index + 1 else r for d, r, w in alive])
         assert sorted(attention.keys.tolist()) == torch.cat([r for _, r, _ in alive]).tolist()
         assert sorted(attention.queries.tolist()) == queries.tolist()
@@ -131,13 +154,13 @@ def test_stages_cover_the_layers_and_shrink(requests):
     if plan is None:
         return
     assert plan.stages[0].first_layer == 0
-    assert plan.stages[-1].end_layer == max(d for d, _, _ in requests)
-    assert plan.num_rows == sum(n for _, n, _ in requests)
+    assert plan.stages[-1].end_layer == max(d for d, *_ in requests)
+    assert plan.num_rows == sum(n for _, n, *_ in requests)
     for earlier, later in pairwise(plan.stages):
         assert earlier.end_layer == later.first_layer
         assert earlier.num_rows >= later.num_rows
     for stage in plan.stages:
-        alive = [(d, n, w) for d, n, w in requests if d >= stage.end_layer]
+        alive = [(d, n, w) for d, n, w, _ in requests if d >= stage.end_layer]
         drops = stage.kept_rows is not None
         kept = [w if drops and d == stage.end_layer else n for d, n, w in alive]
         assert stage.num_requests == len(alive)
@@ -169,6 +192,19 @@ def test_uniform_depth_moves_no_row():
     plan = plan_truncation([3, 3, 3], [1, 4, 2], NUM_LAYERS)
     assert plan.is_plain
     assert plan.row_order is None and plan.row_place is None
+
+
+def test_heads_of_one_depth_are_told_apart_in_an_unmoved_or_moved_batch():
+    sorted_already = plan_truncation([3, 3], [1, 2], NUM_LAYERS, shortcuts=[False, True])
+    assert sorted_already.is_plain and sorted_already.stages[0].num_shortcut == 2
+    moved = plan_truncation([3, 3], [1, 2], NUM_LAYERS, shortcuts=[True, False])
+    assert not moved.is_plain and moved.stages[0].num_shortcut == 1
+    assert moved.request_order.tolist() == [1, 0]
+
+
+def test_a_shortcut_at_full_depth_is_refused():
+    with pytest.raises(ValueError, match=r"exit layers 1\.\.5"):
+        plan_truncation([2, NUM_LAYERS], [1, 1], NUM_LAYERS, shortcuts=[False, True])
 
 
 def test_a_long_prompt_keeps_one_row_of_its_last_layer():

@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from raee_serve.engine import scheduler
-from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY
 
 pytestmark = pytest.mark.unit
 
@@ -38,9 +38,28 @@ def test_the_class_follows_the_configuration(is_async, monkeypatch):
     ],
 )
 def test_exit_layer_of_a_request(extra_args, expected):
-    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra_args))
-    assert scheduler.exit_layer_of(request, num_layers=6) == expected
+    assert scheduler.Exits(6).layer_of(asking(extra_args)) == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "head", "expected"),
+    [
+        (3, "plain", (3, "plain")),
+        (3, "shortcut", (3, "shortcut")),
+        (4, "shortcut", (6, "plain")),
+        (6, "shortcut", (6, "plain")),
+        (3, "fused", (6, "plain")),
+        (3, None, (6, "plain")),
+    ],
+)
+def test_exit_head_of_a_request(layer, head, expected):
+    request = asking({EXIT_LAYER_KEY: layer, EXIT_HEAD_KEY: head})
+    assert scheduler.Exits(6, frozenset({3})).of(request) == expected
+
+
+def asking(extra_args):
+    return SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra_args))
 
 
 def test_a_pooling_request_has_no_exit():
-    assert scheduler.exit_layer_of(SimpleNamespace(sampling_params=None), num_layers=6) == 6
+    assert scheduler.Exits(6).layer_of(SimpleNamespace(sampling_params=None)) == 6

@@ -23,6 +23,7 @@ def planned(monkeypatch, drafts=(), scored=(), lora=None):
     )
     output = SimpleNamespace(
         exit_layers={"a": 3},
+        shortcuts=frozenset(),
         num_scheduled_tokens={"a": 4},
         scheduled_spec_decode_tokens={"a": list(drafts)} if drafts else {},
     )

@@ -1,5 +1,6 @@
 """Mix-in that lets a vLLM causal language model run truncation plans."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
 from raee_serve.engine.plan import Stage, TruncationPlan
+from raee_serve.shortcuts import Shortcut
 
 
 class StepSource(Protocol):
@@ -37,8 +39,10 @@ class TruncatedExecution:
     model: nn.Module
     residual_norm: ClassVar[str] = "post_attention_layernorm"
 
-    def attach(self, source: StepSource) -> None:
+    def attach(self, source: StepSource, shortcuts: Mapping[int, Shortcut] | None = None) -> None:
         """From now on the decoder stack asks `source` for the plan of each forward.
+
+        shortcuts: by exit layer, in the model's dtype, on its device.
 
         The stack's forward is replaced, not this model's: a multimodal model that contains this
         one calls the stack directly.
@@ -65,6 +69,7 @@ class TruncatedExecution:
                 positions,
                 inputs_embeds,
                 residual_norm=self.residual_norm,
+                shortcuts=shortcuts,
                 enter_stage=source.enter_stage,
                 **kwargs,
             )

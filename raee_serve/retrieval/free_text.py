@@ -1,0 +1,73 @@
+"""How free text's exits would do on a table's own rows, each asked as if the table lacked it.
+
+Measured by what the table stores, the reference's probability under teacher forcing: it ranks exits
+and settings, and says less of text that a model goes on with by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raee_serve.records import EXIT_HEADS
+from raee_serve.retrieval.aggregate import (
+    DEFAULT_FRACTION,
+    DEFAULT_VOTE_WEIGHT,
+    QUALITY,
+)
+from raee_serve.retrieval.heads import nearest_others
+from raee_serve.retrieval.leave_one_out import Outcome, row_exits
+from raee_serve.table.schema import RuleChoice
+
+QUALITIES = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
+NEIGHBOURS = (12, 24, 48)
+
+
+class FreeTextLeaveOneOut:
+    """The rows of one free-text task.
+
+    vectors: [n, dimension] float32, L2-normalised, n at least 2; evidence: [n, num_layers], its
+    exit information; kept: [n, len(EXIT_HEADS), num_layers], see `table.evidence`.
+    """
+
+    def __init__(
+        self,
+        vectors: NDArray[np.float32],
+        evidence: NDArray[np.float32],
+        kept: NDArray[np.float32],
+    ) -> None:
+        self._evidence, self._kept = evidence[:, None], kept
+        self.num_rows, _, self.num_layers = kept.shape
+        most = min(max(NEIGHBOURS), self.num_rows - 1)
+        found = list(nearest_others(vectors, np.arange(self.num_rows), vectors, most))
+        self._nearest, self._similarities = map(np.concatenate, zip(*found, strict=True))
+
+    def layers(self, choice: RuleChoice) -> NDArray[np.int64]:
+        """[n] exit layer of each row, 1..num_layers."""
+        return self._exits(choice)[0]
+
+    def outcome(self, choice: RuleChoice) -> Outcome:
+        layers, heads = self._exits(choice)
+        kept = self._kept[np.arange(self.num_rows), heads, layers - 1]
+        return Outcome(choice, float(kept.mean()), float(layers.mean() / self.num_layers))
+
+    def every_outcome(self) -> Iterator[Outcome]:
+        """Of rule `quality`, with the settings that this module lists."""
+        for k in sorted({min(k, self.num_rows - 1) for k in NEIGHBOURS}):
+            for quality in QUALITIES:
+                common = (QUALITY, k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
+                yield self.outcome(RuleChoice(*common, quality))
+
+    def fixed_exits(self) -> Iterator[tuple[float, float, str]]:
+        """(depth, quality, name) of each probed exit, were all rows to take it."""
+        for place, head in enumerate(EXIT_HEADS):
+            for at in np.flatnonzero(self._kept[:, place].any(axis=0)):
+                layer = int(at) + 1
+                quality = float(self._kept[:, place, at].mean())
+                yield layer / self.num_layers, quality, f"layer {layer} for all, {head}"
+
+    def _exits(self, choice: RuleChoice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        evidence = self._kept if choice.rule == QUALITY else self._evidence
+        return row_exits(self._nearest, self._similarities, evidence, choice)
