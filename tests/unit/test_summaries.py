@@ -51,7 +51,7 @@ def test_fixed_exits_are_where_shortcuts_are(shortcuts, exits):
         for task, layers, short in zip(tasks, ((15, 25, 30), (20, 30)), shortcuts, strict=True)
     }
     backbone = BackboneIdentity("LlamaForCausalLM", 30, "00" * 32)
-    metadata = TableMetadata(backbone, EncoderIdentity("minilm", "00" * 32, 384), entries)
+    metadata = TableMetadata(backbone, EncoderIdentity("minilm", 384, "00" * 32), entries)
     assert known_exits(metadata, tasks) == exits
 
 
