@@ -18,7 +18,7 @@ VANILLA, CUT, OURS = "vanilla", "cut checkpoint", "raee-serve"
 SYSTEMS = (VANILLA, CUT, OURS)
 SATURATION = "saturation"
 COLORS = {VANILLA: "#6b6b6b", CUT: "#c77d0a", OURS: "#0b6e4f"}
-LATENCIES = {"ttft": "time to first token", "tpot": "time per further token", "e2el": "all of it"}
+LATENCIES = {"ttft": "time to first token", "tpot": "time per further token", "e2el": "end to end"}
 
 
 @dataclass(frozen=True, slots=True)

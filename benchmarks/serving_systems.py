@@ -77,8 +77,10 @@ def vanilla_server(
     name: str, checkpoint: Path, model: str, dtype: str, log: Path
 ) -> Iterator[ServedSystem]:
     """vLLM without our plug-in. model: the name by which requests ask for it."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
-    command += ["--served-model-name", model, "--dtype", dtype, *SERVE_FLAGS]
+    # Not `vllm serve`: that command needs a package named vllm, which the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(checkpoint), "--served-model-name", model]
+    command += ["--dtype", dtype, *SERVE_FLAGS]
     with _started(name, command, VANILLA_ENVIRONMENT, log) as system:
         yield system
 

@@ -156,7 +156,7 @@ def _draw_panel(axes: Any, rows: Sequence[RowResult]) -> None:
             continue
         x, y = [row.speedup for row in own], [100 * row.rougeL for row in own]
         axes.plot(x, y, line or "none", color=color, marker=marker, label=kind, markersize=5)
-        for row, at in zip(own, zip(x, y, strict=True), strict=True):
+        for row, at in zip(own, zip(x, y, strict=True), strict=True) if line else ():
             axes.annotate(f" {row.row.split()[1].rstrip(',')}", at, color=color, fontsize=7)
     axes.set_xlabel("documents/s, full depth = 1")
     axes.set_ylabel("ROUGE-L")
