@@ -107,16 +107,16 @@ class Exits:
             if head == "plain" or (head == "shortcut" and layer in self.shortcut_layers):
                 return layer, head
             logger.warning_once(
-                "exit head %r at layer %d is neither 'plain' nor 'shortcut' at one of the layers "
+                "exit head %s at layer %d is neither 'plain' nor 'shortcut' at one of the layers "
                 "%s: such requests run at full depth",
-                head,
+                repr(head),  # arguments are to be hashable
                 layer,
-                sorted(self.shortcut_layers),
+                str(sorted(self.shortcut_layers)),
             )
         else:
             logger.warning_once(
-                "exit layer %r is not an integer in 1..%d: such requests run at full depth",
-                layer,
+                "exit layer %s is not an integer in 1..%d: such requests run at full depth",
+                repr(layer),
                 self.num_layers,
             )
         return self.num_layers, "plain"

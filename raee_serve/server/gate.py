@@ -63,7 +63,7 @@ class Admitted:
             bias = tuple((token, value) for tokens, value in pairs for token in tokens)
         steers = self.plan.is_choice and (bool(bias) or not decision.is_full)
         first = tuple(sorted(token for tokens in words for token in tokens)) if steers else ()
-        return PromptDepth(decision.exit_layer, bias, first)
+        return PromptDepth(decision.exit_layer, bias, first, exit_head=decision.exit_head)
 
 
 @dataclass(frozen=True)

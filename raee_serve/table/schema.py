@@ -217,8 +217,8 @@ class TableMetadata:
 
 
 def _described(entry: TaskEntry) -> str:
+    at = f" at {entry.shortcut_layers}" if entry.shortcuts else ""
     return (
         f"template version {entry.version}, label words {entry.label_words}, their tokens "
-        f"{entry.label_token_ids}, layers {entry.layers}, "
-        + (f"shortcuts {entry.shortcuts} at {entry.shortcut_layers}" if entry.shortcuts else "none")
+        f"{entry.label_token_ids}, layers {entry.layers}, shortcuts {entry.shortcuts or 'none'}{at}"
     )

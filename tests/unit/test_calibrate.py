@@ -124,8 +124,9 @@ def test_the_command_stores_its_choice(uri, tmp_path, capsys):
     ("task", "budget", "message"),
     [
         ("sst2", "accuracy>=1.0", "no setting has accuracy >= 1"),
-        ("xsum", "depth<=0.5", "'xsum' is not a label-word task of .*; those are: sst2"),
-        ("cr", "depth<=0.5", "'cr' is not a label-word task"),
+        ("sst2", "quality>=0.9", "does not fit sst2, a labels task; allowed: 'accuracy>=X'"),
+        ("xsum", "depth<=0.5", "task xsum has 0 rows"),
+        ("cr", "depth<=0.5", "task 'cr' is not one of .*; those are: sst2, xsum"),
     ],
 )
 def test_what_cannot_be_is_an_error_and_stores_nothing(uri, task, budget, message, capsys):

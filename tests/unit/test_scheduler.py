@@ -35,6 +35,7 @@ def test_the_class_follows_the_configuration(is_async, monkeypatch):
         ({EXIT_LAYER_KEY: 0}, 6),
         ({EXIT_LAYER_KEY: True}, 6),
         ({EXIT_LAYER_KEY: "3"}, 6),
+        ({EXIT_LAYER_KEY: [3]}, 6),
     ],
 )
 def test_exit_layer_of_a_request(extra_args, expected):
@@ -50,6 +51,7 @@ def test_exit_layer_of_a_request(extra_args, expected):
         (6, "shortcut", (6, "plain")),
         (3, "fused", (6, "plain")),
         (3, None, (6, "plain")),
+        (3, ["shortcut"], (6, "plain")),
     ],
 )
 def test_exit_head_of_a_request(layer, head, expected):
