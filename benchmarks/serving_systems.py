@@ -81,7 +81,7 @@ def vanilla_server(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(checkpoint), "--served-model-name", model]
     command += ["--dtype", dtype, *SERVE_FLAGS]
-    with _started(name, command, VANILLA_ENVIRONMENT, log) as system:
+    with started(name, command, VANILLA_ENVIRONMENT, log) as system:
         yield system
 
 
@@ -92,14 +92,15 @@ def raee_server(
     """flags: further ones of `raee-serve serve`."""
     command = [sys.executable, "-m", "raee_serve.cli", "serve", model, "--table", table]
     command += ["--dtype", dtype, *SERVE_FLAGS, *flags]
-    with _started("raee-serve", command, ENVIRONMENT, log) as system:
+    with started("raee-serve", command, ENVIRONMENT, log) as system:
         yield system
 
 
 @contextmanager
-def _started(
+def started(
     name: str, command: Sequence[str], environment: dict[str, str], log: Path
 ) -> Iterator[ServedSystem]:
+    """A server that stands still as soon as it is up. command: takes --host and --port."""
     print(f"starting {name} ...", flush=True)
     with running_process(command, environment, log=log) as (url, process):
         os.killpg(process.pid, signal.SIGSTOP)

@@ -2,17 +2,20 @@
 
 import json
 import math
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks import serving
 from benchmarks.serving_load import Generator, Load
 from benchmarks.serving_report import Run
 from benchmarks.serving_shapes import Asked, Shape
-from benchmarks.serving_systems import Decided
+from benchmarks.serving_systems import Decided, started
 from raee_serve.table.tasks import get_task
+from tests.tiny import tokenized_llama
+from tests.unit.stub_server import EXIT_LAYER, StubServer
 
 pytestmark = pytest.mark.unit
 
@@ -21,32 +24,9 @@ NOTES = Shape("summarisation", (get_task("demo_summary"),), 2, 3)
 AT_ONCE = Load(math.inf, 2, 0)
 
 
-class Stub(BaseHTTPRequestHandler):
-    """Streams two tokens to everybody; refuses a prompt with the word `refuse`."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.bodies.append((self.path, body))
-        refused = "refuse" in str(body.get("prompt"))
-        self.send_response(400 if refused else 200)
-        self.end_headers()
-        for text in () if refused else (" gre", "at"):
-            choice = {"text": text, "delta": {"content": text}}
-            self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
-        usage = {"completion_tokens": 2, "prompt_tokens": 5}
-        self.wfile.write(f"data: {json.dumps({'usage': usage})}\n\ndata: [DONE]\n\n".encode())
-
-    def do_GET(self):
-        self.send_error(404)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def stub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    server.bodies = []
+    server = StubServer(("127.0.0.1", 0))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -99,4 +79,31 @@ def test_chats_go_to_the_chat_route(generate, stub):
 
 def test_a_failed_request_is_no_measurement(generate):
     with pytest.raises(RuntimeError, match="1 of 2 requests failed: Bad Request"):
-        generate(LABELS, ["fine", "refuse"], names_tasks=True)
+        generate(LABELS, ["fine", "REFUSE"], names_tasks=True)
+
+
+def test_the_whole_benchmark_on_servers_that_do_nothing(monkeypatch, smollm2, tmp_path, capsys):
+    model = tokenized_llama(tmp_path / "tiny", smollm2)
+
+    def stub_system(name="raee-serve"):
+        command = [sys.executable, "-m", "tests.unit.stub_server"]
+        return started(name, command, {}, tmp_path / "stub.log")
+
+    monkeypatch.setattr(serving, "vanilla_server", lambda name, *_: stub_system(name))
+    monkeypatch.setattr(serving, "raee_server", lambda *_: stub_system())
+    monkeypatch.setattr(serving, "check_table", lambda args: None)
+    flags = ["--model", str(model), "--table", "t", "--out", str(tmp_path / "out"), "--rounds", "2"]
+    flags += ["--tasks", "demo_sentiment", "--rows", "10", "--rates", "0.5", "--seconds", "0.1"]
+    flags += ["--summary-tasks", "demo_summary", "--summary-rows", "8", "--max-num-seqs", "8"]
+    monkeypatch.setattr(sys, "argv", ["serving", *flags])
+    serving.main()
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["serve_flags"] == ["--max-num-seqs", "8"] and said["saturation_rps_ratio"] > 0
+    for shape, rows in (("classification", 20), ("summarisation", 16)):
+        found = said["shapes"][shape]
+        assert found["mean_exit_layer"] == found["cut_layers"] == EXIT_LAYER < found["num_layers"]
+        assert found["reasons"] == {"retrieved": rows}
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    pictures = {"serving-classification.png", "serving-summarisation.png"}
+    assert files == {"serving.json", "serving.csv", *pictures}
+    assert len((tmp_path / "out" / "serving.csv").read_text().splitlines()) == 1 + 2 * 2 * 2 * 3
