@@ -4,8 +4,8 @@ Arrays may carry leading batch dimensions, written `...`; k neighbours, nearest 
 
     evidence   [..., k, num_heads, num_layers]  probability of the gold answer where that exit
                                                 answers the neighbour correctly, else 0; in 0..1.
-                                                Rule `quality`: the share of full depth's quality
-                                                that the exit keeps on the neighbour; in 0..1
+                                                Rule `quality`: how well the exit does on the
+                                                neighbour, the plain head first; in 0..1
     distances  [..., k]                         cosine distance to each neighbour, within 0..2
 """
 
@@ -127,9 +127,11 @@ def best_pairs(evidence: Array, weights: Array) -> Array:
     return all_pairs(np.where(kept, evidence, 0), weights)
 
 
-def mean_share(evidence: Array, weights: Array) -> Array:
-    """Weighted mean over the neighbours: what each exit is expected to keep."""
-    return all_pairs(evidence, weights) / weights.sum(axis=-1)[..., None, None]
+def share_of_full(evidence: Array, weights: Array) -> Array:
+    """What each exit is expected to keep of full depth's quality; 0 where full depth has none."""
+    sums = all_pairs(evidence, weights)
+    full = sums[..., :1, -1:]
+    return np.divide(sums, full, out=np.zeros_like(sums), where=full > 0)
 
 
 def best_layer(scores: Array, _fraction: float) -> NDArray[np.int64]:
@@ -159,7 +161,7 @@ RULES: dict[str, Rule] = {
 """By name. Free text has no label words to bias: there the last three are `earliest` with their k.
 """
 QUALITY = "quality"
-QUALITY_RULE = Rule((), 24, mean_share, earliest_keeping)
+QUALITY_RULE = Rule((), 24, share_of_full, earliest_keeping)
 """Of free text alone, with the wanted quality in the place of the fraction. Asked of label words it
 leaves them their own rule."""
 RULE_NAMES = (*RULES, QUALITY)

@@ -1,7 +1,7 @@
 """How free text's exits would do on a table's own rows, each asked as if the table lacked it.
 
-Measured by what the table stores, the reference's probability under teacher forcing: it ranks exits
-and settings, and says less of text that a model goes on with by itself.
+Measured by what the table stores, the reference's tokens that are predicted given those before: it
+ranks exits and settings, and says less of text that a model goes on with by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from raee_serve.retrieval.aggregate import (
 )
 from raee_serve.retrieval.heads import nearest_others
 from raee_serve.retrieval.leave_one_out import Outcome, row_exits
+from raee_serve.table.evidence import kept_quality
 from raee_serve.table.schema import RuleChoice
 
 QUALITIES = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
@@ -29,17 +30,17 @@ class FreeTextLeaveOneOut:
     """The rows of one free-text task.
 
     vectors: [n, dimension] float32, L2-normalised, n at least 2; evidence: [n, num_layers], its
-    exit information; kept: [n, len(EXIT_HEADS), num_layers], see `table.evidence`.
+    exit information; quality: [n, len(EXIT_HEADS), num_layers], see `table.evidence`.
     """
 
     def __init__(
         self,
         vectors: NDArray[np.float32],
         evidence: NDArray[np.float32],
-        kept: NDArray[np.float32],
+        quality: NDArray[np.float32],
     ) -> None:
-        self._evidence, self._kept = evidence[:, None], kept
-        self.num_rows, _, self.num_layers = kept.shape
+        self._evidence, self._quality = evidence[:, None], quality
+        self.num_rows, _, self.num_layers = quality.shape
         most = min(max(NEIGHBOURS), self.num_rows - 1)
         found = list(nearest_others(vectors, np.arange(self.num_rows), vectors, most))
         self._nearest, self._similarities = map(np.concatenate, zip(*found, strict=True))
@@ -50,8 +51,10 @@ class FreeTextLeaveOneOut:
 
     def outcome(self, choice: RuleChoice) -> Outcome:
         layers, heads = self._exits(choice)
-        kept = self._kept[np.arange(self.num_rows), heads, layers - 1]
-        return Outcome(choice, float(kept.mean()), float(layers.mean() / self.num_layers))
+        own = self._quality[np.arange(self.num_rows), heads, layers - 1]
+        depth = float(layers.mean() / self.num_layers)
+        full = float(self._quality[:, 0, -1].mean())
+        return Outcome(choice, float(own.mean()) / full if full else 0.0, depth)
 
     def every_outcome(self) -> Iterator[Outcome]:
         """Of rule `quality`, with the settings that this module lists."""
@@ -62,12 +65,12 @@ class FreeTextLeaveOneOut:
 
     def fixed_exits(self) -> Iterator[tuple[float, float, str]]:
         """(depth, quality, name) of each probed exit, were all rows to take it."""
+        kept = kept_quality(self._quality)
         for place, head in enumerate(EXIT_HEADS):
-            for at in np.flatnonzero(self._kept[:, place].any(axis=0)):
-                layer = int(at) + 1
-                quality = float(self._kept[:, place, at].mean())
-                yield layer / self.num_layers, quality, f"layer {layer} for all, {head}"
+            for at in np.flatnonzero(kept[place]):
+                what = f"layer {at + 1} for all, {head}"
+                yield (at + 1) / self.num_layers, float(kept[place, at]), what
 
     def _exits(self, choice: RuleChoice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        evidence = self._kept if choice.rule == QUALITY else self._evidence
+        evidence = self._quality if choice.rule == QUALITY else self._evidence
         return row_exits(self._nearest, self._similarities, evidence, choice)

@@ -17,7 +17,7 @@ from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.heads import calibrated
 from raee_serve.retrieval.leave_one_out import LeaveOneOut
 from raee_serve.retrieval.task_index import default_choice
-from raee_serve.table.evidence import evidence_of, kept_quality, label_evidence
+from raee_serve.table.evidence import evidence_of, free_text_quality, label_evidence
 from raee_serve.table.schema import RuleChoice, TaskRows
 from raee_serve.table.store import ExitTable
 
@@ -115,8 +115,8 @@ def _picture(table: ExitTable, name: str, rows: TaskRows) -> TaskPicture:
         scores = rows.label_logprobs - calibrated(rows.label_logprobs).bias
         right_calibrated = (label_evidence(scores, rows.golds) > 0).mean(axis=0)
     else:
-        kept = kept_quality(rows, entry, num_layers)
-        exits = FreeTextLeaveOneOut(rows.vectors, evidence, kept).layers(choice)
+        quality = free_text_quality(rows, entry, num_layers)
+        exits = FreeTextLeaveOneOut(rows.vectors, evidence, quality).layers(choice)
     best = evidence.argmax(axis=1)[evidence.any(axis=1)] + 1
     return TaskPicture(
         name,

@@ -28,13 +28,13 @@ from raee_serve.retrieval.heads import (
     fused,
 )
 from raee_serve.retrieval.stacking import stacked
-from raee_serve.table.evidence import evidence_of, kept_quality, label_evidence
+from raee_serve.table.evidence import evidence_of, free_text_quality, label_evidence
 from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 
 HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
 """The order in which a row's exit information is held. Of free text, which has none of the others,
-the first is followed by the quality that exits keep, for each of EXIT_HEADS."""
+the first is followed by how well exits do, for each of EXIT_HEADS."""
 FAR_NEIGHBOURS = 12
 BOUND_QUANTILE = 0.97
 BOUND_SAMPLE = 1000
@@ -113,7 +113,7 @@ def load_task(
     if entry.kind == "labels":
         heads = _hear_heads(evidence, rows, entry, drawn, blocks, choice.vote_weight)
     else:
-        evidence[:, 1 : 1 + len(EXIT_HEADS)] = kept_quality(rows, entry, evidence.shape[2])
+        evidence[:, 1 : 1 + len(EXIT_HEADS)] = free_text_quality(rows, entry, evidence.shape[2])
     return TaskIndex(
         rows.ids,
         rows.vectors if keep_vectors else None,

@@ -88,9 +88,10 @@ def _report(prompt: str, decided: dict[str, Any]) -> Iterator[str]:
     """Lines for a reader."""
     yield ""
     yield repr(prompt)
+    through = ", by shortcut" if decided["exit_head"] == "shortcut" else ""
     yield (
-        f"  {decided['exit_layer']} of {decided['num_layers']} layers: {decided['reason']}, "
-        f"task {decided['task'] or '-'}, {decided['exit_head']} exit head"
+        f"  {decided['exit_layer']} of {decided['num_layers']} layers{through}: "
+        f"{decided['reason']}, task {decided['task'] or '-'}"
     )
     if "rule" not in decided:
         return

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raee_serve.errors import TableError
@@ -27,7 +28,7 @@ def to_arrow(shelf: str, rows: TaskRows, schema: pa.Schema) -> pa.Table:
         None if rows.golds is None else rows.golds.astype(np.int32),
         _flat_rows(rows.label_logprobs),
         _flat_rows(rows.reference_logprob),
-        _flat_rows(rows.agreement),
+        _flat_rows(_with_hits(rows)),
         rows.texts,
     ]
     arrays = [
@@ -42,6 +43,13 @@ def records_to_arrow(records: Mapping[str, str], schema: pa.Schema) -> pa.Table:
     vectors = np.zeros((len(records), schema.field("vector").type.list_size), np.float32)
     vectors[:, 0] = 1
     return to_arrow(RECORD, TaskRows(list(records), vectors, texts=list(records.values())), schema)
+
+
+def _with_hits(rows: TaskRows) -> NDArray[np.float32] | None:
+    """Agreement, and after it the reference hits, which had no column of their own in format 2."""
+    if rows.agreement is None or rows.reference_hits is None:
+        return rows.agreement
+    return np.concatenate([rows.agreement, rows.reference_hits], axis=1)
 
 
 def _flat_rows(values: NDArray[np.float32] | None) -> list[NDArray[np.float32]] | None:
@@ -64,12 +72,32 @@ def from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) -> 
             texts=texts,
         )
     probed = (n, entry.num_exits)
+    agreement, hits = _agreement_and_hits(columns, probed)
     return TaskRows(
         *common,
         reference_logprob=_matrix(columns, "reference_logprob", probed),
-        agreement=_matrix(columns, "agreement", probed),
+        agreement=agreement,
+        reference_hits=hits,
         texts=texts,
     )
+
+
+def _agreement_and_hits(
+    columns: pa.Table, shape: tuple[int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Both of that shape; without the latter if older versions made any of the rows."""
+    column, width = columns["agreement"].combine_chunks(), shape[1]
+    if pc.any(pc.greater(column.value_lengths(), width)).as_py():
+        older = pc.equal(column.value_lengths(), width)
+        if not pc.any(older).as_py():
+            both = _matrix(columns, "agreement", (shape[0], 2 * width))
+            return both[:, :width], both[:, width:]
+        position, first_part = (
+            columns.column_names.index("agreement"),
+            pc.list_slice(column, 0, width),
+        )
+        columns = columns.set_column(position, "agreement", first_part)
+    return _matrix(columns, "agreement", shape), None
 
 
 def vectors_of(columns: pa.Table, metadata: TableMetadata) -> NDArray[np.float32]:

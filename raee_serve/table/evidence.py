@@ -30,21 +30,28 @@ def evidence_of(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np
     return free_text_evidence(logprob, agreement, entry.layers, num_layers)
 
 
-def kept_quality(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np.float32]:
-    """[n, len(EXIT_HEADS), num_layers], within 0..1: the share of full depth's quality that each
-    exit keeps on the rows of a free-text task; 0 for exits that were not probed, 1 at full depth.
+def free_text_quality(rows: TaskRows, entry: TaskEntry, num_layers: int) -> NDArray[np.float32]:
+    """[n, len(EXIT_HEADS), num_layers], within 0..1: how well each exit does on the rows of a
+    free-text task; 0 for exits that were not probed.
 
-    Of one reference token full depth's probability is kept to exp(difference of the mean
-    log-probabilities); an exit that does better than full depth keeps all.
+    The share of the reference's tokens that the exit predicts, given those before. Of rows that do
+    not record it their agreement with full depth.
     """
-    logprob = rows.reference_logprob
-    assert logprob is not None, f"task {entry.name} is not of free text"
-    full = len(entry.layers) - 1
-    share = np.exp(np.minimum(logprob - logprob[:, full, None], 0))
-    kept = np.zeros((len(logprob), len(EXIT_HEADS), num_layers), np.float32)
-    kept[:, 0, np.array(entry.layers) - 1] = share[:, : full + 1]
-    kept[:, 1, np.array(entry.shortcut_layers, int) - 1] = share[:, full + 1 :]
-    return kept
+    quality = rows.agreement if rows.reference_hits is None else rows.reference_hits
+    assert quality is not None, f"task {entry.name} is not of free text"
+    plain = len(entry.layers)
+    by_exit = np.zeros((len(quality), len(EXIT_HEADS), num_layers), np.float32)
+    by_exit[:, 0, np.array(entry.layers) - 1] = quality[:, :plain]
+    by_exit[:, 1, np.array(entry.shortcut_layers, int) - 1] = quality[:, plain:]
+    return by_exit
+
+
+def kept_quality(quality: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[n, heads, num_layers] quality of rows -> [heads, num_layers] of full depth's that each exit
+    keeps on all of them; 0 where full depth has none."""
+    sums = quality.sum(axis=0, dtype=np.float64)
+    full = sums[0, -1]
+    return sums / full if full > 0 else np.zeros_like(sums)
 
 
 def label_evidence(scores: NDArray[np.floating], golds: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
 from raee_serve.records import EXIT_HEADS
-from raee_serve.table.evidence import evidence_of, kept_quality
+from raee_serve.table.evidence import evidence_of, free_text_quality, kept_quality
 from raee_serve.table.schema import TaskEntry
 from raee_serve.table.store import ExitTable
 
@@ -47,7 +47,8 @@ def _describe_task(table: ExitTable, entry: TaskEntry) -> Iterator[str]:
         rates = "  ".join(f"{layer}: {right[layer - 1]:.0%}" for layer in entry.layers)
         yield f"  rows answered correctly at layer  {rates}"
     if len(rows) and entry.kind == "free-text":
-        kept = kept_quality(rows, entry, table.metadata.backbone.num_layers).mean(axis=0)
+        quality = free_text_quality(rows, entry, table.metadata.backbone.num_layers)
+        kept = kept_quality(quality)
         for head, layers, shares in zip(
             EXIT_HEADS, (entry.layers, entry.shortcut_layers), kept, strict=True
         ):

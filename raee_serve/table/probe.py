@@ -112,12 +112,13 @@ class LayerProbe:
         prompts: Sequence[Sequence[int]],
         references: Sequence[Sequence[int]],
         layers: Sequence[int],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """Teacher-forced scores of each prompt's reference at `layers`, full depth last, and then
         through each of the shortcuts.
 
-        Returns the mean log-probability of the reference's tokens, and the share of its positions
-        at which the exit's most probable token is full depth's: both [n, exits].
+        Returns the mean log-probability of the reference's tokens, and the shares of its positions
+        at which the exit's most probable token is full depth's, and the reference's: all
+        [n, exits].
         """
         assert layers[-1] == self.num_layers, f"full depth is not the last of {layers}"
         sequences = [[*p, *r[:-1]] for p, r in zip(prompts, references, strict=True)]
@@ -138,7 +139,10 @@ class LayerProbe:
         logprobs = torch.stack([logprob for logprob, _ in scores], dim=1)
         tops = torch.stack([top for _, top in scores], dim=1)
         agreement = (tops == tops[:, len(layers) - 1, None]).float()
-        return _mean_per_row(logprobs, lengths), _mean_per_row(agreement, lengths)
+        hits = (tops == targets[:, None]).float()
+        means = (_mean_per_row(values, lengths) for values in (logprobs, agreement, hits))
+        logprob, agreed, hit = means
+        return logprob, agreed, hit
 
     def _pad(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """[n, longest], padded on the right.

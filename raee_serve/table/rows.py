@@ -48,7 +48,7 @@ class Item:
 Batch = list[Item]
 """Items that go through the backbone together."""
 Scores = tuple[NDArray[np.float32], ...]
-"""Label tasks: label log-probabilities; free text: reference log-probabilities and agreement."""
+"""Label tasks: label log-probabilities; free text: reference log-probabilities, agreement, hits."""
 
 
 class ReadsPrompts(Protocol):
@@ -131,9 +131,14 @@ class RowMaker:
         if self.entry.kind == "labels":
             golds = np.array([item.example.gold for item in items], np.int32)
             return TaskRows(ids, vectors, golds, label_logprobs=columns[0], texts=kept_texts)
-        logprob, agreement = columns
+        logprob, agreement, hits = columns
         return TaskRows(
-            ids, vectors, reference_logprob=logprob, agreement=agreement, texts=kept_texts
+            ids,
+            vectors,
+            reference_logprob=logprob,
+            agreement=agreement,
+            reference_hits=hits,
+            texts=kept_texts,
         )
 
 

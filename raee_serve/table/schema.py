@@ -35,7 +35,7 @@ def row_schema(dimension: int) -> pa.Schema:
             pa.field("gold", pa.int32()),  # label index
             pa.field("label_logprobs", floats),  # num_layers * num_labels, layer-major
             pa.field("reference_logprob", floats),  # free text: mean per probed exit
-            pa.field("agreement", floats),  # free text: with full depth, per probed exit
+            pa.field("agreement", floats),  # free text: per probed exit, then its reference hits
             pa.field("text", pa.string()),  # the key text, if asked for
         ]
     )
@@ -57,6 +57,8 @@ class TaskRows:
     reference_logprob: [n, num_exits] float32, mean over the reference's tokens
     agreement: [n, num_exits] float32 within 0..1, share of positions where the exit's most
         probable token is full depth's
+    reference_hits: [n, num_exits] float32 within 0..1, share of positions where it is the
+        reference's; None if a row was made before they were recorded
     Exits are the task's `layers` with the plain head, then its `shortcut_layers`.
     texts: key texts, or None if they are not kept
     """
@@ -67,6 +69,7 @@ class TaskRows:
     label_logprobs: NDArray[np.float32] | None = None
     reference_logprob: NDArray[np.float32] | None = None
     agreement: NDArray[np.float32] | None = None
+    reference_hits: NDArray[np.float32] | None = None
     texts: list[str] | None = None
 
     def __len__(self) -> int:

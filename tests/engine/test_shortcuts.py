@@ -12,6 +12,7 @@ from tests import tiny
 from tests.engine.engines import generate_at, tiny_engine
 from tests.engine.reference import mixed_mismatches
 from tests.engine.test_kv_events import BLOCK, stored_blocks
+from tests.engine.test_preemption import preemptions
 from tests.engine.workload import mixed_requests
 
 pytestmark = pytest.mark.engine
@@ -76,11 +77,10 @@ def test_a_mixed_batch_equals_the_reference(checkpoint, stored):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_gpu_blocks_override": 7},  # too few for all at once: requests are preempted
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+        {"num_gpu_blocks_override": 7, "max_model_len": 256, "disable_log_stats": False},
         {"kv_segments": 3},
     ],
-    ids=["preemption", "speculation", "kv-by-depth"],
+    ids=["preemption", "kv-by-depth"],
 )
 def test_other_features_leave_it_the_same(llama, stored, changes):
     changes = dict(changes)
@@ -89,12 +89,13 @@ def test_other_features_leave_it_the_same(llama, stored, changes):
     options = engine_options(changes.pop("kv_segments", 1), stored)
     rng = random.Random(5)
     phrase = [rng.randrange(5, 500) for _ in range(6)]
-    prompts = [phrase * rng.randint(10, 30) + [5 + i] for i in range(12)]
+    prompts = [[*phrase * 20, 5 + i] for i in range(12)]  # each grows out of its first block
     depths = [(2, 6, 3, 5)[i % 4] for i in range(12)]
     heads = every_other_by_shortcut(depths)
 
     with tiny_engine(llama, **{**options, **changes}) as llm:
         tokens = generate_at(llm, prompts, depths, heads, max_tokens=NUM_TOKENS)
+        assert "num_gpu_blocks_override" not in changes or preemptions(llm) > 0
 
     by_request = mapped(shortcuts, depths, heads)
     assert mixed_mismatches(llama, depths, prompts, tokens, by_request) == []

@@ -4,9 +4,10 @@ import random
 
 import pytest
 
+from raee_serve.engine.settings import engine_options
 from tests.engine.engines import generate_at, running_engine
 from tests.engine.reference import mixed_mismatches
-from tests.tiny import ENGINE_SIZES, saved, tiny_llama
+from tests.tiny import ENGINE_SIZES, random_shortcuts, saved, tiny_llama
 
 pytestmark = pytest.mark.engine
 
@@ -25,14 +26,19 @@ def test_accepted_and_rejected_drafts_leave_the_cut_checkpoints_tokens(tmp_path)
     phrases = [[rng.randrange(5, 60) for _ in range(6)] for _ in range(NUM_REQUESTS)]
     prompts = [phrase * rng.choice([2, 5, 50]) for phrase in phrases]
     depths = [1 + i % NUM_LAYERS for i in range(NUM_REQUESTS)]
+    shortcuts = random_shortcuts(checkpoint, (2, 5))
+    shortcuts.save(tmp_path / "shortcuts.safetensors")
+    by_request = {i: shortcuts.by_layer[depths[i]] for i in (1, 4, 13, 16)}
+    heads = ["shortcut" if i in by_request else "plain" for i in range(NUM_REQUESTS)]
 
     # In processes of its own: numba, once loaded, keeps vLLM from starting another engine.
     args = {"speculative_config": NGRAM, "disable_log_stats": False, "skip_tokenizer_init": True}
-    with running_engine(checkpoint, **args) as llm:
-        tokens = generate_at(llm, prompts, depths, max_tokens=NUM_TOKENS)
+    options = engine_options(shortcuts=tmp_path / "shortcuts.safetensors")
+    with running_engine(checkpoint, **args, **options) as llm:
+        tokens = generate_at(llm, prompts, depths, heads, max_tokens=NUM_TOKENS)
         counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
 
     drafted = counts["vllm:spec_decode_num_draft_tokens"]
     accepted = counts["vllm:spec_decode_num_accepted_tokens"]
     assert 0 < accepted < drafted
-    assert mixed_mismatches(checkpoint, depths, prompts, tokens) == []
+    assert mixed_mismatches(checkpoint, depths, prompts, tokens, by_request) == []

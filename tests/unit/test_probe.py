@@ -57,7 +57,7 @@ def test_label_logprobs_equal_the_cut_checkpoints(probe, cut_models):
 def test_reference_scores_equal_the_cut_checkpoints(probe, cut_models):
     references = [[5, 900, 6], [7], [8, 9], [10, 11, 12, 13], [14, 15]]
     layers = (2, 3, 4)
-    logprob, agreement = probe.reference_scores(PROMPTS, references, layers)
+    logprob, agreement, hits = probe.reference_scores(PROMPTS, references, layers)
     for column, depth in enumerate(layers):
         for row, (prompt, reference) in enumerate(zip(PROMPTS, references, strict=True)):
             tokens, n = [*prompt, *reference], len(reference)
@@ -67,6 +67,8 @@ def test_reference_scores_equal_the_cut_checkpoints(probe, cut_models):
             assert logprob[row, column] == pytest.approx(float(expected), abs=1e-4)
             same = (own.argmax(-1) == full.argmax(-1)).float().mean()
             assert agreement[row, column] == pytest.approx(float(same))
+            hit = (own.argmax(-1) == torch.tensor(reference)).float().mean()
+            assert hits[row, column] == pytest.approx(float(hit))
     assert (agreement[:, -1] == 1).all()
     assert (agreement[:, 0] < 1).any()
 

@@ -1,5 +1,6 @@
 """Exits of free text by the quality they keep, from what rows record to what a prompt is given."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -15,7 +16,7 @@ from raee_serve.retrieval.aggregate import QUALITY, RULE_NAMES, decide, exits, r
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
-from raee_serve.table.evidence import evidence_of, kept_quality
+from raee_serve.table.evidence import evidence_of, free_text_quality, kept_quality
 from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
@@ -37,22 +38,41 @@ ENTRY = TaskEntry.of(get_task("xsum"), (), LAYERS, Maps())
 
 
 def free_text_rows(ids, vectors, kept):
-    """kept: [n, 4] share of full depth's token probability at 2 plain, 4, 1 and 3 by shortcut."""
-    logprob = np.log(np.array(kept, np.float64) * 0.2).astype(np.float32)
-    agreement = np.where(np.arange(4) == 1, 1, 0.5) * np.ones((len(ids), 1))
-    return TaskRows(ids, vectors, reference_logprob=logprob, agreement=agreement.astype(np.float32))
+    """kept: [n, 4] share of full depth's hits at 2 plain, 4, 1 and 3 by shortcut."""
+    hits = 0.5 * np.array(kept, np.float32)
+    return TaskRows(
+        ids,
+        vectors,
+        reference_logprob=np.full_like(hits, -1),
+        agreement=np.where(np.arange(4) == 1, 1, hits).astype(np.float32),
+        reference_hits=hits,
+    )
 
 
-def test_kept_quality_is_the_share_of_full_depths_probability():
+def test_quality_is_the_share_of_the_reference_that_is_predicted():
     rows = free_text_rows(["a", "b"], unit_vectors(2), [[0.5, 1, 0.25, 0.9], [1.2, 1, 0.1, 1]])
-    kept = kept_quality(rows, ENTRY, 4)
-    expected = [[[0, 0.5, 0, 1], [0.25, 0, 0.9, 0]], [[0, 1, 0, 1], [0.1, 0, 1, 0]]]
-    np.testing.assert_allclose(kept, expected, atol=1e-6)
+    quality = free_text_quality(rows, ENTRY, 4)
+    expected = [[[0, 0.5, 0, 1], [0.25, 0, 0.9, 0]], [[0, 1.2, 0, 1], [0.1, 0, 1, 0]]]
+    np.testing.assert_allclose(2 * quality, expected, atol=1e-6)
+    kept = kept_quality(quality)
+    np.testing.assert_allclose(kept, [[0, 0.85, 0, 1], [0.175, 0, 0.95, 0]], atol=1e-6)
+    assert not kept_quality(np.zeros_like(quality)).any()
+
+
+def test_rows_of_older_versions_go_by_their_agreement(table):
+    assert (table.rows("xsum").reference_hits[:, 1] == 0.5).all()
+    old = free_text_rows(["old"], unit_vectors(1), [[0.5, 1, 0.25, 0.9]])
+    table.add("xsum", dataclasses.replace(old, reference_hits=None))
+    rows = ExitTable.open(table.uri).rows("xsum")
+    assert rows.reference_hits is None and rows.agreement.shape == (61, 4)
+    quality = free_text_quality(rows, ENTRY, 4)
+    np.testing.assert_array_equal(quality[:, 0, [1, 3]], rows.agreement[:, :2])
+    np.testing.assert_array_equal(quality[:, 1, [0, 2]], rows.agreement[:, 2:])
 
 
 def test_exit_information_is_the_plain_heads():
     rows = free_text_rows(["a"], unit_vectors(1), [[0.5, 1, 0.25, 0.9]])
-    np.testing.assert_allclose(evidence_of(rows, ENTRY, 4), [[0, 0, 0, 0.2]], atol=1e-6)
+    np.testing.assert_allclose(evidence_of(rows, ENTRY, 4), [[0, 0, 0, np.exp(-1)]], atol=1e-6)
 
 
 def test_the_shallowest_exit_that_keeps_enough_is_taken():
@@ -66,6 +86,13 @@ def test_the_shallowest_exit_that_keeps_enough_is_taken():
         (1.0, (4, 0)),
     ]:
         assert decide(RULE, kept, distances, fraction=quality) == expected
+
+
+def test_full_depth_that_predicts_nothing_is_no_measure():
+    kept = np.zeros((2, 2, 4))
+    kept[:, 1, 1] = 0.5
+    assert decide(RULE, kept, np.array([0.1, 0.1]), fraction=0.5) == (4, 0)
+    assert decide(RULE, np.zeros((2, 2, 4)), np.array([0.1, 0.1]), fraction=0.5) is None
 
 
 def test_the_nearest_count_for_more():
@@ -92,9 +119,8 @@ def test_what_is_taken_is_expected_to_keep_enough(kept, distances, quality):
     kept[..., 0, -1] = 1
     layers, heads = exits(RULE, kept, distances, fraction=quality)
     weights = 1 / np.maximum(distances.astype(float), 1e-4)
-    expected = np.average(
-        kept.astype(float), axis=1, weights=np.broadcast_to(weights[..., None, None], kept.shape)
-    )
+    expected = (kept.astype(float) * weights[..., None, None]).sum(axis=1)
+    expected /= weights.sum(axis=1)[:, None, None]
     for prompt, (layer, head) in enumerate(zip(layers, heads, strict=True)):
         assert layer == 6 or expected[prompt, head, layer - 1] >= quality - 1e-6
         assert (expected[prompt, :, : layer - 1] < quality + 1e-6).all()
@@ -124,15 +150,15 @@ def table(uri, rows):
 
 
 def test_each_row_is_asked_as_if_the_table_did_not_hold_it(rows):
-    kept = kept_quality(rows, ENTRY, 4)
-    own = FreeTextLeaveOneOut(rows.vectors, evidence_of(rows, ENTRY, 4), kept)
+    quality = free_text_quality(rows, ENTRY, 4)
+    own = FreeTextLeaveOneOut(rows.vectors, evidence_of(rows, ENTRY, 4), quality)
     k, layers = 5, []
     choice = RuleChoice(QUALITY, k, 0.95, 2.0, quality=0.9)
     similarities = rows.vectors @ rows.vectors.T
     for i in range(60):
         others = np.delete(np.arange(60), i)
         near = others[np.argsort(-similarities[i, others], kind="stable")[:k]]
-        layers.append(decide(RULE, kept[near], 1 - similarities[i, near], fraction=0.9)[0])
+        layers.append(decide(RULE, quality[near], 1 - similarities[i, near], fraction=0.9)[0])
     assert own.layers(choice).tolist() == layers and len(set(layers)) > 1
     outcome = own.outcome(choice)
     assert outcome.depth == pytest.approx(np.mean(layers) / 4)
@@ -186,6 +212,7 @@ def served(tmp_path, encoder):
         plain.vectors,
         reference_logprob=plain.reference_logprob[:, :2],
         agreement=plain.agreement[:, :2],
+        reference_hits=plain.reference_hits[:, :2],
     )
     table.add("cnndm", plain)
     table.put_task(entry("sst2"))

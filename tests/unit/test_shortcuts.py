@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from raee_serve import cli
+from raee_serve.engine.settings import OFF_VARIABLE, shortcuts_of
 from raee_serve.errors import BindingError, RaeeError, TableError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
+from raee_serve.server.launch import _engine_options
+from raee_serve.server.settings import DepthSettings
 from raee_serve.shortcuts import FILE_NAME, Shortcuts, beside_table, find_shortcuts
 from raee_serve.table.build import TaskBuilder
 from raee_serve.table.datasets import Example
@@ -197,8 +201,8 @@ def test_scores_through_shortcuts_are_those_of_the_cut_model(make, tmp_path, smo
     maps = random_shortcuts(checkpoint, (1, 3))
     probe = LayerProbe(checkpoint, torch.float32, maps)
     prompts, references = tokens(3, 3, 9), tokens(4, 3, 5)
-    logprob, agreement = probe.reference_scores(prompts, references, (2, NUM_LAYERS))
-    assert logprob.shape == agreement.shape == (3, 4)
+    logprob, agreement, hits = probe.reference_scores(prompts, references, (2, NUM_LAYERS))
+    assert logprob.shape == agreement.shape == hits.shape == (3, 4)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     layers = model.model.layers
     for row, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
@@ -240,10 +244,11 @@ def test_a_build_records_both_heads(table, probe, encoder, shortcuts):
     assert (entry.layers, entry.shortcut_layers) == ((2, 3, 4), (2, 3))
     assert entry.shortcuts == shortcuts.digest and entry.num_exits == 5
     rows = opened.rows("xsum")
-    assert rows.agreement.shape == (3, 5) and (rows.agreement[:, 2] == 1).all()
+    assert rows.agreement.shape == rows.reference_hits.shape == (3, 5)
+    assert (rows.agreement[:, 2] == 1).all()
     probe.shortcuts = None
-    expected, _ = probe.reference_scores([[5, 6, 7]], [[8, 9]], (2, 3, 4))
-    assert expected.shape == (1, 3)
+    scores = probe.reference_scores([[5, 6, 7]], [[8, 9]], (2, 3, 4))
+    assert [part.shape for part in scores] == [(1, 3)] * 3
     assert opened.metadata.tasks["sst2"].shortcut_layers == ()  # label words are left without
 
 
@@ -300,6 +305,29 @@ def test_fit_then_build_then_refit(checkpoint, data, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["table", "info", uri]) == 0
     assert "quality kept by the shortcut head at layer  2: " in capsys.readouterr().out
+    asked = ["preview", "--table", uri, "--model", str(checkpoint), "--task", "xsum"]
+    asked += ["--prompt", DOCUMENTS[0]]
+    assert cli.main([*asked, "--quality", "0.5"]) == 0
+    told = capsys.readouterr()
+    assert "evidence by layer, shortcut head:" in told.out
+    assert re.search(r"shortcuts [0-9a-f]{12} at layers 2, 3", told.err)
+    assert cli.main([*fit, "--replace", "--tokens", "250"]) == 0
+    assert cli.main(asked) == 1
+    assert "were probed through shortcuts" in capsys.readouterr().err
+
+
+def test_a_server_hands_them_to_the_engine(tmp_path, shortcuts, monkeypatch):
+    monkeypatch.delenv(OFF_VARIABLE, raising=False)
+    args = Namespace(kv_segments="1")
+    beside = DepthSettings(table=str(tmp_path))
+    assert "additional_config" not in _engine_options(args, beside)
+    shortcuts.save(tmp_path / FILE_NAME)
+    given = DepthSettings(exit_layer="full", shortcuts_file=str(tmp_path / FILE_NAME))
+    for settings in (beside, given):
+        config = _engine_options(args, settings)["additional_config"]
+        assert shortcuts_of(config).digest == shortcuts.digest
+    monkeypatch.setenv(OFF_VARIABLE, "1")
+    assert "additional_config" not in _engine_options(args, beside)
 
 
 def test_build_fits_them_where_there_are_none(checkpoint, data, tmp_path, capsys):
@@ -344,7 +372,7 @@ def test_another_backbones_are_refused_by_a_build(data, tmp_path, smollm2, check
 def test_agreement_does_not_depend_on_the_batch(probe, shortcuts):
     probe.shortcuts = shortcuts
     prompts, references = tokens(6, 4, 12), tokens(7, 4, 6)
-    together, _ = probe.reference_scores(prompts, references, (2, NUM_LAYERS))
+    together, *_ = probe.reference_scores(prompts, references, (2, NUM_LAYERS))
     alone = [
         probe.reference_scores([p], [r], (2, NUM_LAYERS))[0]
         for p, r in zip(prompts, references, strict=True)
