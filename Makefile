@@ -13,20 +13,50 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 READY := $(VENV)/.ready
+# What cannot share an environment with vLLM, or need not: .ci/tools.txt.
+TOOLS := $(VENV)/tools
+TOOLS_READY := $(TOOLS)/.ready
+NODE_CLIENT := tests/server/conformance
+NODE_READY := $(NODE_CLIENT)/node_modules/.package-lock.json
+# The service that pip-audit asks about each package.
+OSV := https://api.osv.dev
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint audit reproduce setup browser
 .DEFAULT_GOAL := test
 
 demo: setup
 	$(PY) -m raee_serve.evaluation.demo
 
-test: setup
+test: setup $(TOOLS_READY) $(NODE_READY) browser
 	$(PY) -m pytest -m "not gpu"
+
+# A reduced run of the studies in docs/results.md; of the demo task where there are no data sets.
+reproduce: RAEE_DATA ?= ../shared/data
+reproduce: OUT ?= reproduced
+reproduce: TASKS ?= $(if $(wildcard $(RAEE_DATA)/trec),cr subj trec,demo_sentiment)
+reproduce: setup
+	$(VENV)/bin/raee-serve build --model gemma3-270m --table $(OUT)/table --limit 600 \
+		--data $(RAEE_DATA) $(TASKS:%=--task %)
+	$(VENV)/bin/raee-serve eval suite all --model gemma3-270m --table $(OUT)/table --limit 100 \
+		--data $(RAEE_DATA) --out $(OUT)
 
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+audit: setup $(TOOLS_READY)
+	@if curl --silent --output /dev/null --max-time 5 $(OSV); then \
+		$(TOOLS)/bin/pip-audit --vulnerability-service osv --progress-spinner off \
+			--path $(VENV)/lib/python3.*/site-packages; \
+	else echo "audit: nothing was audited, for $(OSV) cannot be reached from here"; fi
+
+# For the tests of the page at /raee, which are skipped where it cannot be had.
+browser:
+	@if ! command -v chromium > /dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -q -y --no-install-recommends chromium; } || \
+		echo "chromium could not be installed; the tests that need it are skipped"; fi
 
 setup: $(READY)
 
@@ -40,3 +70,13 @@ $(READY): pyproject.toml .ci/requirements.py
 	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null
 	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# Compiled when first used: of most of it the tests run little.
+$(TOOLS_READY): .ci/tools.txt $(READY)
+	test -x $(TOOLS)/bin/python || $(PY) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -r .ci/tools.txt
+	touch $@
+
+$(NODE_READY): $(NODE_CLIENT)/package-lock.json
+	@if command -v npm > /dev/null; then npm ci --prefix $(NODE_CLIENT) --ignore-scripts --no-fund; \
+	else echo "npm is not here: what the SDK for Node gets will not be tested"; fi

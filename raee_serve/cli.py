@@ -61,6 +61,11 @@ COMMANDS = (
         "show what would be decided for a prompt, and why, without an engine",
     ),
     Command(
+        "eval suite",
+        "raee_serve.evaluation.suite.command",
+        "studies of what retrieved exits give and cost, with pictures and a report",
+    ),
+    Command(
         "eval",
         "raee_serve.evaluation.run",
         "measure accuracy and depth through a server (takes any flag of `serve`)",

@@ -11,10 +11,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A row that was found. distance: cosine, 0..2. label: gold label word; None for free text."""
+
+    id: str
+    distance: float
+    label: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """What the rule read, and under which settings.
 
-    neighbours: (row id, cosine distance within 0..2) of the k nearest rows, nearest first.
+    neighbours: the k nearest rows, nearest first.
     scores: for each head that the rule chooses among, the neighbours' evidence as the rule weighs
         it, for each layer from min_layer to full depth.
     choice: rule, k and the rest, with what the request asked for.
@@ -22,7 +31,7 @@ class Explanation:
     min_layer: the rule read no layer before this one.
     """
 
-    neighbours: tuple[tuple[str, float], ...]
+    neighbours: tuple[Neighbour, ...]
     scores: Mapping[str, Sequence[float]]
     choice: RuleChoice
     max_distance: float

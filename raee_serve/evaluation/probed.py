@@ -50,8 +50,11 @@ class ProbeCache:
         backbone: BackboneIdentity,
         encoder: EncoderIdentity,
         encoder_name: str,
+        root: Path | None = None,
     ) -> None:
-        """encoder: the table's; encoder_name: where it is found."""
+        """encoder: the table's; encoder_name: where it is found; root: where rows are kept, by
+        default in the cache folder."""
+        self._root = root or cache_dir() / "test-rows"
         self._checkpoint = checkpoint
         self._metadata = TableMetadata(backbone, encoder)
         self._encoder_name = encoder_name
@@ -72,7 +75,7 @@ class ProbeCache:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         key = [asdict(self._metadata.backbone), self._metadata.encoder.weights, task.version]
         digest = hashlib.sha256(json.dumps([*key, device]).encode()).hexdigest()[:16]
-        return cache_dir() / "test-rows" / f"{task.name}-{digest}"
+        return self._root / f"{task.name}-{digest}"
 
     def _loaded(self) -> tuple[LayerProbe, Encoder]:
         if self._models is None:

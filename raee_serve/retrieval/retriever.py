@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError, TableError
-from raee_serve.explanation import Explanation
+from raee_serve.explanation import Explanation, Neighbour
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, ExitHead, Reason
 from raee_serve.retrieval.aggregate import (
@@ -258,7 +258,7 @@ class ExitRetriever:
         evidence = self._evidence[rows][:, list(places.values()), skipped:]
         if lookup.explain:
             about["explanation"] = Explanation(
-                tuple(zip((self._ids[row] for row in rows), distances.tolist(), strict=True)),
+                self._told(owner, rows, distances),
                 dict(zip(heads, exit_scores(rule, evidence, distances).tolist(), strict=True)),
                 choice,
                 self._bounds[owner],
@@ -279,6 +279,16 @@ class ExitRetriever:
         about["head"] = head
         bias = self._label_bias(head, layer, owner, rows, distances, lookup.candidates)
         return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **about, label_bias=bias)
+
+    def _told(
+        self, owner: int, rows: NDArray[np.int64], distances: NDArray[np.float32]
+    ) -> tuple[Neighbour, ...]:
+        """The rows as an explanation names them; all tasks that are searched share their words."""
+        words = self.tasks[self._names[owner]].label_words
+        return tuple(
+            Neighbour(self._ids[row], distance, words[self._labels[row]] if words else None)
+            for row, distance in zip(rows, distances.tolist(), strict=True)
+        )
 
     def _choice_for(self, lookup: Lookup, name: str) -> RuleChoice:
         """A task's choice with what the look-up asks for; another rule brings its own k."""

@@ -14,6 +14,7 @@ SWITCHES = {
     "explain": "refuse requests that ask why (raee.explain), and leave it out of previews",
     "preview": "do not serve /v1/raee/preview",
     "reload": "do not serve /v1/raee/reload",
+    "page": "do not serve the page at /raee, nor /v1/raee/page, from which it knows the tasks",
 }
 """What `--disable-NAME` takes away; a route under /v1/raee/ has its own name."""
 

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from raee_serve.records import ExitHead
+from raee_serve.server.loop_guard import LoopGuard
 from raee_serve.server.sampling import Rerun
 
 
@@ -21,6 +22,7 @@ class PromptDepth:
     exit_head: what turns the state after the exit layer into logits.
     first_tokens: of which one is to be sampled first; empty: any.
     comparison: how it runs once more, after its answer, if it is drawn; None: never.
+    guard: how its output is watched for loops; None: not at all.
     """
 
     exit_layer: int
@@ -28,6 +30,7 @@ class PromptDepth:
     first_tokens: tuple[int, ...] = ()
     comparison: Comparison | None = None
     exit_head: ExitHead = "plain"
+    guard: LoopGuard | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +48,22 @@ class RequestDepths:
     then all prompts of the request are to run alike.
 
     reruns: of the drawn prompts that were answered in full; the engine client adds to it.
+    restarted: positions of the prompts that looped and are answered at full depth; likewise.
     """
 
     def __init__(self, depths: Sequence[PromptDepth]) -> None:
         self._depths = tuple(depths)
         self._given = 0
         self.reruns: list[Rerun] = []
+        self.restarted: set[int] = set()
 
-    def take(self) -> PromptDepth | None:
-        """The next prompt's depth; None once every prompt has had its own."""
-        if len(set(self._depths)) == 1:
-            return self._depths[0]
-        if self._given == len(self._depths):
-            return None
+    def take(self) -> tuple[int, PromptDepth | None]:
+        """Position and depth of the next prompt; None once every prompt has had its own."""
+        position = self._given
         self._given += 1
-        return self._depths[self._given - 1]
+        if len(set(self._depths)) == 1:
+            return position, self._depths[0]
+        return position, self._depths[position] if position < len(self._depths) else None
 
 
 _current: ContextVar[RequestDepths | None] = ContextVar("raee_request_depths", default=None)

@@ -15,6 +15,7 @@ from raee_serve.engine.settings import exit_args
 from raee_serve.server.depths import PromptDepth, RequestDepths, current_depths
 from raee_serve.server.gate import Gate
 from raee_serve.server.limits import with_first_tokens
+from raee_serve.server.loop_guard import Start, without_loops
 from raee_serve.server.sampling import Answer, Rerun
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class DepthClient:
         self._gate = gate
         self._unread = PromptDepth(gate.admission.default_layer)
         self._full = PromptDepth(gate.admission.num_layers)
+        self.is_stopping = False
 
     @property
     def gate(self) -> Gate:
@@ -45,6 +47,11 @@ class DepthClient:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
+    def shutdown(self, timeout: float | None = None) -> None:
+        """As `EngineClient.shutdown`, which answers what is under way and takes nothing new."""
+        self.is_stopping = True
+        self._engine.shutdown(timeout=timeout)
+
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -52,21 +59,43 @@ class DepthClient:
 
         Routes that admission does not read run at the server's default depth.
         """
+        start = partial(self._engine.generate, prompt, request_id=request_id, **kwargs)
         depths = current_depths()
-        depth = self._unread if depths is None else depths.take() or self._full
-        outputs = self._engine.generate(
-            prompt, at_depth(sampling_params, depth), request_id, **kwargs
-        )
-        if depths is None or depth.comparison is None:
+        if depths is None:
+            return start(at_depth(sampling_params, self._unread))
+        position, found = depths.take()
+        depth = found or self._full
+        outputs = self._outputs(start, sampling_params, depth, depths, position)
+        if depth.comparison is None:
             return outputs
         if self.gate.sampler is None or not self.gate.sampler.draws(sampling_params):
             return outputs
         again = once_more(sampling_params, depth.comparison.depth)
         kwargs["trace_headers"] = None  # no part of the client's trace
-        start = partial(self._engine.generate, prompt, again, f"raee-{uuid.uuid4()}", **kwargs)
+        other = partial(self._engine.generate, prompt, again, f"raee-{uuid.uuid4()}", **kwargs)
         is_delta = sampling_params.output_kind is RequestOutputKind.DELTA
         task = depth.comparison.task
-        return _noting(outputs, Answer(is_delta=is_delta), depths, partial(Rerun, task, start))
+        return _noting(outputs, Answer(is_delta=is_delta), depths, partial(Rerun, task, other))
+
+    def _outputs(
+        self,
+        start: Start,
+        params: SamplingParams,
+        depth: PromptDepth,
+        depths: RequestDepths,
+        position: int,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Of the prompt at this position, under its loop guard if it has one."""
+        own, guard = at_depth(params, depth), depth.guard
+        if guard is None or not guard.watches(own):
+            return start(own)
+
+        def note_restart() -> None:
+            depths.restarted.add(position)
+            self.gate.metrics.restarted(guard.task)
+
+        full = at_depth(params, self._full)
+        return without_loops(start, own, full, guard.window, note_restart)
 
 
 async def _noting(

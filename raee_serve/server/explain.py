@@ -7,7 +7,7 @@ the JSON of a whole answer, and into the first chunk of a streamed one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -22,10 +22,20 @@ from raee_serve.records import ExitDecision
 DECIMALS = 6
 
 
-def raee_object(decisions: Sequence[ExitDecision], table_version: int | None) -> dict[str, Any]:
-    """prompts: one per prompt, in prompt order. versions: of what decided."""
+def raee_object(
+    decisions: Sequence[ExitDecision],
+    table_version: int | None,
+    restarted: Collection[int] = (),
+) -> dict[str, Any]:
+    """prompts: one per prompt, in prompt order. versions: of what decided.
+
+    restarted: positions of the prompts whose early answer looped, so that it is full depth's.
+    """
+    prompts = [_of_prompt(decision) for decision in decisions]
+    for position in restarted:
+        prompts[position]["restarted"] = True
     return {
-        "prompts": [_of_prompt(decision) for decision in decisions],
+        "prompts": prompts,
         "versions": {"raee-serve": __version__, "vllm": _vllm_version(), "table": table_version},
     }
 
@@ -62,8 +72,8 @@ def _of_explanation(explanation: Explanation) -> dict[str, Any]:
             "min_exit_layer": explanation.min_layer,
         },
         "neighbours": [
-            {"id": row_id, "distance": round(distance, DECIMALS)}
-            for row_id, distance in explanation.neighbours
+            {"id": row.id, "distance": round(row.distance, DECIMALS), "label": row.label}
+            for row in explanation.neighbours
         ],
         "exits": {
             head: before + [round(score, DECIMALS) for score in scores]
@@ -82,17 +92,17 @@ def _vllm_version() -> str | None:
     return None
 
 
-def with_raee(send: Send, raee: dict[str, Any]) -> Send:
-    """Put the object into a successful answer; errors go through as they are."""
-    member = b',"raee":' + json.dumps(raee, separators=(",", ":")).encode() + b"}"
-    return _Splice(send, member).sending
+def with_raee(send: Send, raee: Callable[[], dict[str, Any]]) -> Send:
+    """Put the object into a successful answer; errors go through as they are.
+
+    raee: makes it, when the answer, or the first chunk of it, is there.
+    """
+    return _Splice(send, raee).sending
 
 
 class _Splice:
-    """member: what takes the place of a closing brace."""
-
-    def __init__(self, send: Send, member: bytes) -> None:
-        self._send, self._member = send, member
+    def __init__(self, send: Send, raee: Callable[[], dict[str, Any]]) -> None:
+        self._send, self._raee = send, raee
         self._forward = send
         self._body = b""
 
@@ -115,7 +125,7 @@ class _Splice:
         self._body += message.get("body", b"")
         if message.get("more_body", False):
             return
-        body = self._body[:-1] + self._member if self._body.endswith(b"}") else self._body
+        body = self._body[:-1] + self._member() if self._body.endswith(b"}") else self._body
         MutableHeaders(scope=self._start)["content-length"] = str(len(body))
         await self._send(self._start)
         await self._send(message | {"body": body})
@@ -126,5 +136,9 @@ class _Splice:
         if end and event.startswith(b"data: {"):
             self._forward = self._send
             if not event.startswith(b'data: {"error"'):
-                message = message | {"body": event + self._member + b"\n\n" + rest}
+                message = message | {"body": event + self._member() + b"\n\n" + rest}
         await self._send(message)
+
+    def _member(self) -> bytes:
+        """What takes the place of a closing brace."""
+        return b',"raee":' + json.dumps(self._raee(), separators=(",", ":")).encode() + b"}"

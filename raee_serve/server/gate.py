@@ -18,7 +18,7 @@ from raee_serve.server.options import OptionError, RaeeOptions, RequestError
 from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, TokenIds, read_prompts
 from raee_serve.server.reload import Snapshot, TableReloader
 from raee_serve.server.sampling import FullDepthSampler
-from raee_serve.server.valves import in_shadow
+from raee_serve.server.valves import Valves, in_shadow
 
 Detokenize = Callable[[Sequence[int]], str]
 
@@ -27,31 +27,41 @@ Detokenize = Callable[[Sequence[int]], str]
 class Admitted:
     """decided: one per prompt, in prompt order. plan: what they were made from.
 
-    shadow: what was decided is recorded and not run. explain: the answer is to say why.
+    valves: how far what was decided is run. options: what the request asked for.
     """
 
     decided: tuple[ExitDecision, ...]
     plan: Plan
-    shadow: bool = False
-    explain: bool = False
+    valves: Valves
+    options: RaeeOptions
+
+    @property
+    def explain(self) -> bool:
+        """Whether the answer is to say why."""
+        return self.options.explain
 
     @property
     def decisions(self) -> tuple[ExitDecision, ...]:
         """What is run, and why."""
-        return tuple(map(in_shadow, self.decided)) if self.shadow else self.decided
+        return tuple(map(in_shadow, self.decided)) if self.valves.shadow else self.decided
 
     @property
     def depths(self) -> list[PromptDepth]:
         """How each prompt is to run, in prompt order."""
-        return [self._with_comparison(decision) for decision in self.decided]
+        return [self._prompt_depth(decision) for decision in self.decided]
 
-    def _with_comparison(self, decision: ExitDecision) -> PromptDepth:
-        """A prompt's depth, and the other one where there are two: what was decided, and full."""
+    def _prompt_depth(self, decision: ExitDecision) -> PromptDepth:
+        """A prompt's depth, its guard, and the other depth where there are two: decided and full.
+
+        Beam search has neither: it runs many generations of one token a prompt.
+        """
         decided, full = self._depth(decision), PromptDepth(decision.num_layers)
-        run, other = (full, decided) if self.shadow else (decided, full)
+        run, other = (full, decided) if self.valves.shadow else (decided, full)
         if run == other or self.plan.body.get("use_beam_search"):
             return run
-        return replace(run, comparison=Comparison(other, decision.task or "-"))
+        is_free = decision.task not in self.plan.label_tokens
+        guard = self.valves.guard(decision, self.options.loop_guard, is_free)
+        return replace(run, comparison=Comparison(other, decision.task or "-"), guard=guard)
 
     def _depth(self, decision: ExitDecision) -> PromptDepth:
         words = self.plan.label_tokens.get(decision.task or "", ())
@@ -71,6 +81,7 @@ class Gate:
     """lookups, snapshot, reloader: None where a fixed depth leaves nothing to look up.
 
     sampler: None unless a share of the prompts runs at both depths.
+    has_chat_template: whether the server can take chats.
     """
 
     admission: Admission
@@ -81,6 +92,7 @@ class Gate:
     sampler: FullDepthSampler | None = None
     snapshot: Snapshot | None = None
     reloader: TableReloader | None = None
+    has_chat_template: bool = False
 
     @property
     def latest(self) -> Gate:
@@ -127,7 +139,7 @@ class Gate:
             prompts = await self._texts(raw)
         plan = self.admission.plan(kind, body, options, prompts)
         decided = await self._decided(plan.entries)
-        return Admitted(decided, plan, self.admission.valves.shadow, options.explain)
+        return Admitted(decided, plan, self.admission.valves, options)
 
     def close(self) -> None:
         if self.lookups is not None:

@@ -175,4 +175,12 @@ def _gate(
     serve_args.served_model_name = serve_args.served_model_name or [name]
     tokenizer = Path(serve_args.tokenizer or checkpoint)
     names = serve_args.served_model_name
-    return load_gate(settings, backbone, tokenizer, names, safety, surface)
+    return load_gate(
+        settings,
+        backbone,
+        tokenizer,
+        names,
+        safety,
+        surface,
+        chat_template=serve_args.chat_template,
+    )

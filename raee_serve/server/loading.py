@@ -36,10 +36,12 @@ def load_gate(
     valves: Valves | None = None,
     access: Access | None = None,
     registry: CollectorRegistry = REGISTRY,
+    chat_template: str | None = None,
 ) -> Gate:
     """The gate of a server that serves `backbone` as `served_names`.
 
-    Raises RaeeError for what does not fit it.
+    chat_template: given beside the tokenizer's own, if any.
+    Raises RaeeError for what does not fit the backbone.
     """
     from transformers import AutoTokenizer
 
@@ -63,6 +65,7 @@ def load_gate(
         metrics=metrics,
         access=access,
         sampler=FullDepthSampler(valves.sample_full, metrics) if valves.sample_full else None,
+        has_chat_template=bool(chat_template or tokenizer.chat_template),
     )
     if loader is None or retriever is None:
         return gate

@@ -8,16 +8,19 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.retriever import Lookup
+from raee_serve.server.daemon_thread import DaemonThread
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 32
 """Prompts decided at once; a batch holds up everyone behind it for as long as it is encoded."""
+
+CLOSE_TIMEOUT_S = 2.0
+"""A batch under way takes much less; one that takes longer hangs."""
 
 Decide = Callable[[Sequence[Lookup]], list[ExitDecision]]
 
@@ -47,14 +50,14 @@ class LookupBatcher:
         num_layers: int,
         timeout_s: float,
         observe_wait: Callable[[float], None] = lambda _: None,
-        thread: ThreadPoolExecutor | None = None,
+        thread: DaemonThread | None = None,
     ) -> None:
         self._decide = decide
         self._observe_wait = observe_wait
         self._num_layers = num_layers
         self._timeout_s = timeout_s
         self._waiting: deque[_Waiting] = deque()
-        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="raee-lookup")
+        self._thread = thread or DaemonThread("raee-lookup")
         self._worker: asyncio.Task[None] | None = None
         self._logged: set[str] = set()
 
@@ -91,8 +94,8 @@ class LookupBatcher:
         self._thread.submit(os.sched_setaffinity, 0, cores)  # 0: the thread that calls it
 
     def close(self) -> None:
-        """Let the thread end; a batch under way is not waited for."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Let the thread end; a batch that hangs is left behind."""
+        self._thread.close(CLOSE_TIMEOUT_S)
 
     def _outcome(self, entry: _Waiting, lookup_ms: float) -> ExitDecision:
         if entry.decision.done():

@@ -60,6 +60,11 @@ class DecisionMetrics:
             AGREEMENT_BUCKETS,
             "task",
         )
+        self._restarts = counter(
+            "guard_restarts",
+            "Early answers that looped and were begun again at full depth.",
+            "task",
+        )
         self._table = gauge("table_info", "The exit table that is loaded.", "version")
         self._table_rows = gauge("table_rows", "Rows of the loaded exit table.", "task")
         gauge("num_layers", "Layers of the backbone.").set(num_layers)
@@ -103,6 +108,10 @@ class DecisionMetrics:
     def agreement(self, task: str, share: float) -> None:
         """Of a compared prompt, within 0..1."""
         self._agreement.labels(task).observe(share)
+
+    def restarted(self, task: str) -> None:
+        """One more prompt whose early answer looped."""
+        self._restarts.labels(task).inc()
 
     def table(self, version: int, rows: Mapping[str, int]) -> None:
         """The table loaded now, and its rows by task; what was said of another is forgotten."""

@@ -8,7 +8,7 @@ streamed response leave before anything is generated.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,7 +21,9 @@ from raee_serve.server.depths import RequestDepths, request_depths
 from raee_serve.server.explain import raee_object, with_raee
 from raee_serve.server.gate import Admitted, Gate
 from raee_serve.server.options import RequestError
+from raee_serve.server.page import is_page, page_file
 from raee_serve.server.prompts import Kind
+from raee_serve.server.readiness import asks_whether_ready, readiness
 from raee_serve.server.request_body import (
     is_json,
     parsed,
@@ -37,6 +39,8 @@ from raee_serve.server.tracing import record_span
 MIDDLEWARE = "raee_serve.server.middleware.RaeeMiddleware"
 """Import path, as vLLM's `--middleware` takes it."""
 
+Handler = Callable[[str, Scope, Receive, Send], Awaitable[None]]
+
 ROUTES: dict[str, Kind] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 
 
@@ -46,13 +50,28 @@ class RaeeMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = _path(scope)
-        handle = self._answer if is_ours(path) else self._admit if path in ROUTES else None
-        if handle is None or not _is_authorized(self.app, scope):
+        if asks_whether_ready(path, scope):
+            response = await readiness(scope["app"].state.engine_client)
+            return await response(scope, receive, send)
+        handle = self._handler(path)
+        if handle is None or not (is_page(path) or _is_authorized(self.app, scope)):
             return await self._pass_on(scope, receive, send)
         try:
             await handle(path, scope, receive, send)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
+
+    def _handler(self, path: str) -> Handler | None:
+        """None for what is vLLM's alone."""
+        if is_page(path):
+            return self._page
+        if is_ours(path):
+            return self._answer
+        return self._admit if path in ROUTES else None
+
+    async def _page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        response = page_file(_gate(scope).access, path, scope["method"])
+        await response(scope, receive, send)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         response = await answer(_gate(scope), path, scope, receive)
@@ -78,10 +97,11 @@ class RaeeMiddleware:
     async def _run(
         self, gate: Gate, admitted: Admitted, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        depths = RequestDepths(admitted.depths)
         send = _with_headers(send, decision_headers(admitted.decisions))
         if admitted.explain:
-            send = with_raee(send, raee_object(admitted.decisions, gate.table_version))
-        depths = RequestDepths(admitted.depths)
+            about = (admitted.decisions, gate.table_version, depths.restarted)
+            send = with_raee(send, lambda: raee_object(*about))
         with request_depths(depths):
             await self.app(scope, receive, send)
         if gate.sampler is not None:

@@ -14,8 +14,18 @@ from raee_serve.records import EXIT_HEADS, ExitHead
 MAX_K = 1024
 """Most neighbours a client may ask for; keeps one request from costing a pass over the table."""
 
-FIELDS = ("exit_layer", "task", "k", "rule", "off", "explain", "exit_head", "quality")
-WITHOUT_TABLE = ("exit_layer", "off", "explain", "exit_head")
+FIELDS = (
+    "exit_layer",
+    "task",
+    "k",
+    "rule",
+    "off",
+    "explain",
+    "exit_head",
+    "quality",
+    "loop_guard",
+)
+WITHOUT_TABLE = ("exit_layer", "off", "explain", "exit_head", "loop_guard")
 """Fields that mean something on a server without a table."""
 
 
@@ -33,6 +43,14 @@ class RequestError(RaeeError):
         self.status = status
 
 
+class MethodError(RequestError):
+    """A method that the route does not take. allowed: the ones it does, as in an Allow header."""
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(None, f"allowed: {allowed}", HTTPStatus.METHOD_NOT_ALLOWED)
+        self.allowed = allowed
+
+
 class OptionError(RequestError):
     """A bad `raee` object."""
 
@@ -45,6 +63,7 @@ class RaeeOptions:
     exit_head: of exit_layer; "plain" where that is None.
     quality: share of full depth's that rule `quality` is to keep, within (0, 1].
     off: vanilla vLLM, whatever else is asked for. explain: put the decisions into the answer.
+    loop_guard: begin again at full depth if the answer at an early exit falls into a loop.
     """
 
     exit_layer: int | None = None
@@ -55,6 +74,7 @@ class RaeeOptions:
     quality: float | None = None
     off: bool = False
     explain: bool = False
+    loop_guard: bool | None = None
 
 
 def parse_options(
@@ -99,6 +119,7 @@ def parse_options(
         quality=_quality(given.get("quality")),
         off=_flag("off", given.get("off", False)),
         explain=_flag("explain", given.get("explain", False)),
+        loop_guard=_flag("loop_guard", given["loop_guard"]) if "loop_guard" in given else None,
     )
 
 

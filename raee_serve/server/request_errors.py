@@ -7,7 +7,7 @@ from http import HTTPStatus
 from starlette.responses import JSONResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-from raee_serve.server.options import RequestError
+from raee_serve.server.options import MethodError, RequestError
 
 ERROR_TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
@@ -23,5 +23,5 @@ def error_response(error: RequestError) -> JSONResponse:
     answer = create_error_response(
         str(error), ERROR_TYPES[error.status], error.status, error.parameter
     )
-    headers = {"allow": "POST"} if error.status is HTTPStatus.METHOD_NOT_ALLOWED else None
+    headers = {"allow": error.allowed} if isinstance(error, MethodError) else None
     return JSONResponse(answer.model_dump(), status_code=error.status, headers=headers)

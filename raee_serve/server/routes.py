@@ -14,14 +14,16 @@ from starlette.types import Receive, Scope
 
 from raee_serve.server.explain import raee_object
 from raee_serve.server.gate import Gate
-from raee_serve.server.options import RequestError, shown
+from raee_serve.server.options import MethodError, RequestError, shown
 from raee_serve.server.reload import ReloadError, Snapshot
 from raee_serve.server.request_body import is_json, parsed, read_body
+from raee_serve.table.prompts import ChatPrompt
+from raee_serve.table.task import Task
 
 PREFIX = "/v1/raee/"
 
 Handler = Callable[[Gate, dict[str, Any]], Awaitable[dict[str, Any]]]
-"""(gate, body of the POST) -> body of the answer. Raises RequestError."""
+"""(gate, body of a POST) -> body of the answer. Raises RequestError."""
 
 
 def is_ours(path: str) -> bool:
@@ -33,9 +35,9 @@ async def answer(gate: Gate, path: str, scope: Scope, receive: Receive) -> Respo
     name = path.removeprefix(PREFIX)
     if name not in HANDLERS or not gate.access.allows(name):
         raise RequestError(None, f"there is no {shown(path)} here", HTTPStatus.NOT_FOUND)
-    if scope["method"] != "POST":
-        raise RequestError(None, "allowed: POST", HTTPStatus.METHOD_NOT_ALLOWED)
-    body = {} if name in WITHOUT_BODY else await _body(gate, scope, receive)
+    if scope["method"] != (method := "GET" if name in READS else "POST"):
+        raise MethodError(method)
+    body = {} if name in READS | WITHOUT_BODY else await _body(gate, scope, receive)
     if body is None:
         return Response()  # to nobody: the client is gone
     return JSONResponse(await HANDLERS[name](gate, body))
@@ -84,7 +86,30 @@ def _described(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-HANDLERS: dict[str, Handler] = {"preview": preview, "reload": reload}
+async def page(gate: Gate, _: dict[str, Any]) -> dict[str, Any]:
+    """What the page at /raee has to know of this server: its tasks, and what it offers."""
+    return {
+        "object": "raee.page",
+        "num_layers": gate.admission.num_layers,
+        "has_chat_template": gate.has_chat_template,
+        "explain": gate.access.allows("explain"),
+        "preview": gate.access.allows("preview"),
+        "tasks": [_of_task(task) for task in gate.admission.tasks.values()],
+    }
+
+
+def _of_task(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "endpoint": "chat" if isinstance(task.prompt, ChatPrompt) else "completions",
+        "template": task.prompt.template,
+        "label_words": list(task.label_words),
+    }
+
+
+HANDLERS: dict[str, Handler] = {"preview": preview, "reload": reload, "page": page}
 """By the last part of the path."""
+READS = frozenset({"page"})
+"""Routes that take a GET, the others a POST."""
 WITHOUT_BODY = frozenset({"reload"})
 """Routes that take a POST as it is, and read no body."""

@@ -129,6 +129,7 @@ async def serve(args: Namespace, gate: Gate, watch_table_s: float | None) -> Non
 
     It listens only once the engine is up; the gate, with encoder and table, is loaded already.
     watch_table_s: seconds between looks at whether the table has changed; None for never.
+    Raises ServeError if it stopped untold, because the engine died.
     """
     decorate_logs("APIServer", skip_if_decorated=True)
     signal.signal(signal.SIGTERM, _interrupt)  # until uvicorn's own handler is in place
@@ -139,13 +140,26 @@ async def serve(args: Namespace, gate: Gate, watch_table_s: float | None) -> Non
         async with build_async_engine_client(args) as engine:
             if gate.lookups is not None:
                 _place(gate.lookups, spare_cores(engine.vllm_config))
-            client = cast(EngineClient, DepthClient(engine, gate))
+            client = DepthClient(engine, gate)
             with _watching(gate, watch_table_s):
-                stopped = await build_and_serve(client, address, sock, args)
+                stopped = await build_and_serve(cast(EngineClient, client), address, sock, args)
+            has_died = engine.errored and not client.is_stopping
+        _abort_unanswered(engine)
         await stopped  # after the engine is gone, as vLLM does
     finally:
         gate.close()
         sock.close()
+    if has_died:
+        raise ServeError("the engine died; why, its log above says")
+
+
+def _abort_unanswered(engine: Any) -> None:
+    """Ends the requests that are under way when the time to answer them (--shutdown-timeout) is up.
+
+    vLLM would wait for them, and so for their clients to leave, with the engine gone.
+    """
+    processor = engine.output_processor
+    processor.abort_requests(list(processor.request_states), internal=True)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from tests.engine.workload import CHUNK, MAX_TOKENS, mixed_requests
 
 pytestmark = pytest.mark.engine
 
+NUM_COMPARED = 24
+"""Requests that run at full depth in both engines; among the first are all prompts of 3 chunks."""
+
 
 def test_mixed_depths_equal_cut_checkpoints(served):
     requests = mixed_requests(served.num_layers, served.vocab_size, served.first_token)
@@ -27,9 +30,10 @@ def test_mixed_depths_equal_cut_checkpoints(served):
 
 def test_full_depth_equals_vanilla(served):
     requests = mixed_requests(served.num_layers, served.vocab_size, served.first_token)
-    prompts = [r.prompt for r in requests]
-    ours = generate_at(served.llm, prompts, [served.num_layers] * 64, max_tokens=MAX_TOKENS)
+    prompts = [r.prompt for r in requests[:NUM_COMPARED]]
+    full_depth = [served.num_layers] * NUM_COMPARED
+    ours = generate_at(served.llm, prompts, full_depth, max_tokens=MAX_TOKENS)
 
     greedy = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
-    vanilla = run_vanilla(served.checkpoint, prompts, [greedy] * 64)
+    vanilla = run_vanilla(served.checkpoint, prompts, [greedy] * NUM_COMPARED)
     assert ours == [v["completions"][0]["token_ids"] for v in vanilla]

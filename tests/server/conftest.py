@@ -17,6 +17,14 @@ MODEL = "smollm2-135m"
 NUM_LAYERS = 30
 ROWS = 24
 """Table rows a task: the first of a shuffle of the demo set."""
+VLLM_FLAGS = [
+    "--max-model-len",
+    "8192",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser",
+    "hermes",
+]
+"""Vanilla vLLM has the same where it is compared with this server."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ def served(built_table, tmp_path_factory):
     """A running server; its table is a copy, so that a test may delete it."""
     table = tmp_path_factory.mktemp("served") / "demo"
     shutil.copytree(built_table, table)
-    flags = ["--table", str(table), "--max-model-len", "8192"]
+    flags = ["--table", str(table), *VLLM_FLAGS]
     flags += ["--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
     with running_server(MODEL, flags) as url:
         yield Served(url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), table)

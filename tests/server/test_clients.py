@@ -10,11 +10,14 @@ import pytest
 pytestmark = pytest.mark.server
 
 CLIENTS = Path(__file__).parents[2] / "clients"
+TOOLS = Path(sys.prefix) / "tools" / "bin" / "python"
+"""Of the environment with what cannot be installed beside vLLM (make test installs it)."""
 
 
 def run(served, *command):
     """What an example prints on both channels; it must not fail."""
     environment = {**os.environ, "RAEE_BASE_URL": f"{served.url}/v1"}
+    environment["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the internet for prices
     done = subprocess.run(
         command, cwd=CLIENTS, env=environment, capture_output=True, text=True, check=False
     )
@@ -54,3 +57,12 @@ def test_curl_gets_decisions_and_the_error(served):
     printed = run(served, "bash", "curl.sh")
     assert printed.count("x-raee-reason") == 2
     assert "allowed: an integer in 1..30" in printed
+
+
+@pytest.mark.skipif(not TOOLS.exists(), reason=f"no {TOOLS} (make test installs it)")
+@pytest.mark.parametrize("library", ["litellm", "langchain"])
+def test_other_libraries_pass_the_raee_object_and_give_the_headers(served, library):
+    printed = run(served, str(TOOLS), f"with_{library}.py")
+    answered, streamed = (part.split("]") for part in printed.split("[layer ")[1:])
+    assert answered[0] == "20 of 30: override" and answered[1].strip()
+    assert streamed[0] == "30 of 30: unmatched" and streamed[1].strip()

@@ -12,10 +12,11 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from raee_serve.engine.settings import EXIT_LAYER_KEY
-from raee_serve.explanation import Explanation
+from raee_serve.explanation import Explanation, Neighbour
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.access import Access
 from raee_serve.server.admission import Admission
@@ -32,12 +33,13 @@ from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.schema import RuleChoice
 from raee_serve.table.task import Task
 
+DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 NUM_LAYERS = 30
 TASK = Task("sst2", CompletionPrompt("{text} It was"), ("terrible", "great"))
 SPELLINGS = {"terrible": 8, "great": 9, " terrible": 10, " great": 11}
 LABELS = LabelOutputs(TASK.label_words, TASK.label_texts(), (10, 11), True, SPELLINGS)
 EXPLANATION = Explanation(
-    neighbours=(("row-a", 0.25), ("row-b", 0.5)),
+    neighbours=(Neighbour("row-a", 0.25, "great"), Neighbour("row-b", 0.5, "terrible")),
     scores={"plain": (0.0,) * 4 + (1.25,) + (0.75,) * (NUM_LAYERS - 5)},
     choice=RuleChoice("earliest", 2, 0.95, 2.0),
     max_distance=0.6,
@@ -61,12 +63,21 @@ class FakeEngine:
         return self.outputs(sampling_params)
 
     async def outputs(self, params):
-        """One token at a time where the endpoint streams, else all at once."""
-        tokens = self.tokens(params.extra_args[EXIT_LAYER_KEY])
-        is_delta = params.output_kind is RequestOutputKind.DELTA
-        for part in [[token] for token in tokens] if is_delta else [tokens]:
+        """One token at a time, or all at once where only the whole answer is wanted."""
+        tokens = list(self.tokens(params.extra_args[EXIT_LAYER_KEY]))
+        ends = [len(tokens)] if params.output_kind is FINAL_ONLY else range(1, len(tokens) + 1)
+        for end in ends:
             await asyncio.sleep(0)
-            yield Namespace(outputs=[Namespace(index=0, token_ids=part)])
+            first = end - 1 if params.output_kind is DELTA else 0
+            yield request_output(tokens[first:end], finished=end == len(tokens))
+
+
+def request_output(tokens, *, index=0, finished=False, all_finished=None):
+    """As vLLM gives it, of one completion; all_finished: of all, if there are others."""
+    reason = "length" if finished else None
+    completion = CompletionOutput(index, "", tokens, None, None, finish_reason=reason)
+    is_last = finished if all_finished is None else all_finished
+    return RequestOutput("0", None, [1], None, [completion], is_last)
 
 
 class Server:
@@ -139,7 +150,7 @@ class Server:
         return await self.respond(body, prompts, request.app.state.engine_client)
 
     async def respond(self, body, prompts, client):
-        kind = RequestOutputKind.DELTA if body.get("stream") else RequestOutputKind.FINAL_ONLY
+        kind = DELTA if body.get("stream") else FINAL_ONLY
         params = SamplingParams(
             extra_args=body.get("vllm_xargs") or {},
             temperature=body.get("temperature", 0),

@@ -277,6 +277,9 @@ def test_command_line_without_a_command(capsys):
     for argv in ([], ["build", "--nonsense"], ["table", "sell"], ["train"]):
         with pytest.raises(SystemExit):
             cli.main(argv)
-    assert "'table plot', 'calibrate', 'serve', 'preview', 'eval'" in capsys.readouterr().err
+    assert (
+        "'table plot', 'calibrate', 'serve', 'preview', 'eval suite', 'eval'"
+        in capsys.readouterr().err
+    )
     assert cli.main(["table", "info", "/nowhere"]) == 1
     assert "exit table /nowhere: no such directory" in capsys.readouterr().err

@@ -38,8 +38,8 @@ def test_the_answer_says_why_and_is_otherwise_the_same():
     assert (known["exit_layer"], known["num_layers"]) == (5, NUM_LAYERS)
     assert (known["reason"], known["task"], known["distance"]) == ("retrieved", "sst2", 0.25)
     assert known["neighbours"] == [
-        {"id": "row-a", "distance": 0.25},
-        {"id": "row-b", "distance": 0.5},
+        {"id": "row-a", "distance": 0.25, "label": "great"},
+        {"id": "row-b", "distance": 0.5, "label": "terrible"},
     ]
     assert len(known["exits"]["plain"]) == NUM_LAYERS and known["exits"]["plain"][4] == 1.25
     assert known["rule"]["name"] == "earliest" and known["rule"]["k"] == 2

@@ -134,8 +134,8 @@ def test_a_fixed_depth_reaches_routes_that_admission_does_not_read():
 def test_more_generations_than_prompts_run_at_full_depth_unless_all_are_alike():
     five, nine = PromptDepth(5), PromptDepth(9)
     alike, mixed = RequestDepths([five, five]), RequestDepths([five, nine])
-    assert [alike.take() for _ in range(4)] == [five] * 4
-    assert [mixed.take() for _ in range(3)] == [five, nine, None]
+    assert [alike.take() for _ in range(4)] == [(n, five) for n in range(4)]
+    assert [mixed.take() for _ in range(3)] == [(0, five), (1, nine), (2, None)]
 
 
 def test_only_a_retrieved_exit_is_steered_to_the_first_tokens_of_its_choices():

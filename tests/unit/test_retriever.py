@@ -226,7 +226,9 @@ def test_a_decision_is_explained_only_if_asked(retriever):
     )
     assert plain.explanation is None
     told = asked.explanation
-    ids, distances = zip(*told.neighbours, strict=True)
+    ids, distances = zip(*((row.id, row.distance) for row in told.neighbours), strict=True)
+    golds = {f"sst2:{text}": ("terrible", "great")[row % 2] for row, text in enumerate(PRAISE)}
+    assert {row.id: row.label for row in told.neighbours}.items() <= golds.items()
     assert ids[0] == f"sst2:{PRAISE[0]}"
     assert len(set(ids)) == 3 and list(distances) == sorted(distances)
     assert distances[0] == asked.distance

@@ -1,0 +1,1 @@
+"""Studies of what retrieved exits give and cost: `raee-serve eval suite`."""

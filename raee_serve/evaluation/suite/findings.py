@@ -1,0 +1,66 @@
+"""What a study found: rows of figures, and how to draw them. Kept as JSON, read as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Row = dict[str, str | float | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One line for each value of `series`: the rows' column `y` over their column `x`.
+
+    error: columns of the lower and upper end of an interval around y, if there are such.
+    log: whether x is drawn on a logarithmic scale.
+    """
+
+    x: str
+    y: str
+    series: str
+    error: tuple[str, str] | None = None
+    log: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """rows: mostly of the same columns. notes: what a reader has to know beside the question."""
+
+    rows: Sequence[Row]
+    picture: Picture | None = None
+    notes: Sequence[str] = ()
+
+
+def as_json(study: str, question: str, settings: Mapping[str, Any], findings: Findings) -> str:
+    about = {"study": study, "question": question, "settings": settings}
+    return json.dumps({**about, **asdict(findings)}, indent=1)
+
+
+def from_json(text: str, settings: Mapping[str, Any]) -> Findings | None:
+    """Findings kept earlier, `None` if they were made with other settings."""
+    kept = json.loads(text)
+    if kept["settings"] != json.loads(json.dumps(settings)):
+        return None
+    drawn = kept["picture"]
+    if drawn is not None:
+        error = drawn["error"]
+        drawn = Picture(**{**drawn, "error": tuple(error) if error else None})
+    return Findings(kept["rows"], drawn, kept["notes"])
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Of all rows, in the order in which they first appear."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def as_csv(findings: Findings) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns_of(findings.rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(findings.rows)
+    return text.getvalue()

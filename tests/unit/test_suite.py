@@ -1,0 +1,166 @@
+"""`raee-serve eval suite` on a tiny random backbone with the real encoder and the demo task."""
+
+import csv
+import json
+import random
+from html import escape
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raee_serve.cli import main
+from raee_serve.cut import cut_checkpoint
+from raee_serve.evaluation.suite import findings, shift
+from raee_serve.evaluation.suite.backbone import StudiedBackbone
+from raee_serve.evaluation.suite.command import STUDIES
+from raee_serve.evaluation.suite.findings import Findings, Picture
+from raee_serve.evaluation.suite.peers import confident
+from raee_serve.retrieval.leave_one_out import LABEL_VOTE
+from raee_serve.table.probe import LayerProbe
+from tests.tiny import tokenized_llama
+
+pytestmark = pytest.mark.unit
+
+TASK = "demo_sentiment"
+PROMPTS = [[1, 5, 9, 7], [1, 300, 20], [1, 4, 4, 8, 77, 31]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, smollm2):
+    return tokenized_llama(tmp_path_factory.mktemp("llama") / "tiny", smollm2)
+
+
+@pytest.fixture(scope="module")
+def uri(checkpoint, tmp_path_factory):
+    uri = str(tmp_path_factory.mktemp("table") / "exits")
+    assert main(["build", "--model", str(checkpoint), "--task", TASK, "--table", uri]) == 0
+    return uri
+
+
+@pytest.fixture(scope="module")
+def suite(checkpoint, uri, tmp_path_factory):
+    """Runs studies into one folder; the exit code."""
+    out = tmp_path_factory.mktemp("studies")
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(name, *more):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAEE_CACHE", str(cache))
+            command = ["eval", "suite", name, "--model", str(checkpoint), "--table", uri]
+            return main([*command, "--data", "/nowhere", "--limit", "12", "--out", str(out), *more])
+
+    run.out = out
+    return run
+
+
+def rows_of(suite, name):
+    kept = json.loads((suite.out / f"{name}.json").read_text())
+    with (suite.out / f"{name}.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(kept["rows"])
+    return kept["rows"]
+
+
+def test_every_study_leaves_its_findings_and_a_place_in_the_report(suite):
+    assert suite("all") == 0
+    report = (suite.out / "report.html").read_text()
+    tables = (suite.out / "report.md").read_text()
+    for name, study in STUDIES.items():
+        kept = json.loads((suite.out / f"{name}.json").read_text())
+        assert kept["rows"] and kept["settings"]["prompts"] == {TASK: 12}
+        assert f"## {name}\n{study.question}\n" in tables
+        assert f'<h2 id="{name}">' in report and escape(study.question) in report
+        assert (suite.out / f"{name}.png").is_file() == (kept["picture"] is not None)
+    assert "http" not in report  # it needs nothing else
+
+
+def test_a_study_is_run_again_only_for_other_settings(suite, capsys):
+    suite("k")
+    before = (suite.out / "k.json").stat().st_mtime_ns
+    capsys.readouterr()
+    suite("k")
+    assert "k: kept from before" in capsys.readouterr().out
+    assert (suite.out / "k.json").stat().st_mtime_ns == before
+    suite("k", "--seed", "1")
+    assert (suite.out / "k.json").stat().st_mtime_ns != before
+
+
+def test_a_larger_table_ends_where_the_whole_one_is(suite):
+    suite("all")
+    whole = [row for row in rows_of(suite, "size") if row["way"] == "earliest"][-1]
+    paper = {row["way"]: row for row in rows_of(suite, "paper")}
+    assert (whole["accuracy"], whole["depth"]) == (
+        paper["earliest"]["accuracy"],
+        paper["earliest"]["depth"],
+    )
+    assert paper["full depth"]["depth"] == 1 and paper[LABEL_VOTE]["depth"] == 0
+
+
+def test_without_a_bound_nothing_falls_back(suite):
+    suite("shift")
+    rows = rows_of(suite, "shift")
+    assert all(row["fall back"] == 0 for row in rows if row["distance bound"] == "none")
+    assert len(rows) == 2 * (1 + len(shift.EDITS))
+
+
+def test_exact_search_is_what_indexes_are_compared_with(suite):
+    suite("index")
+    exact, *indexes = rows_of(suite, "index")
+    assert exact["recall"] == 1 and exact["index_mb"] == 0
+    assert all(0 < row["recall"] <= 1 for row in indexes)
+
+
+def test_a_table_of_another_backbone_is_one_line(suite, smollm2, capsys):
+    assert suite("k", "--model", str(smollm2)) == 1
+    assert "was built for backbone" in capsys.readouterr().err
+
+
+def test_layers_left_out_leave_the_cut_checkpoint(checkpoint, tmp_path):
+    backbone = StudiedBackbone(checkpoint, torch.float32)
+    whole = backbone.label_logprobs(PROMPTS, [3, 4, 5])
+    cut = LayerProbe(cut_checkpoint(checkpoint, 2, tmp_path / "cut"), torch.float32)
+    with backbone.without(range(3, backbone.num_layers + 1)):
+        found = backbone.label_logprobs(PROMPTS, [3, 4, 5])
+    np.testing.assert_allclose(found, cut.label_logprobs(PROMPTS, [3, 4, 5]), atol=1e-5)
+    np.testing.assert_allclose(backbone.label_logprobs(PROMPTS, [3, 4, 5]), whole, atol=1e-6)
+
+
+def test_mean_states_and_influence_are_of_real_tokens_only(checkpoint):
+    backbone = StudiedBackbone(checkpoint, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    states = backbone.mean_states(PROMPTS, [0, 1, 2])
+    similarity = [[] for _ in range(backbone.num_layers)]
+    for prompt, found in zip(PROMPTS, states, strict=True):
+        with torch.inference_mode():
+            hidden = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        expected = [hidden[layer][0].mean(dim=0).numpy() for layer in (0, 1, 2)]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        for layer in range(backbone.num_layers - 1):  # the last one is given after the norm
+            pair = (hidden[layer][0], hidden[layer + 1][0])
+            similarity[layer] += torch.cosine_similarity(*pair, dim=-1).tolist()
+    influence = backbone.block_influence(PROMPTS)
+    for layer in range(backbone.num_layers - 1):
+        assert influence[layer] == pytest.approx(1 - np.mean(similarity[layer]), abs=1e-5)
+
+
+def test_a_confidence_threshold_exits_where_it_is_sure():
+    scores = np.log([[[0.6, 0.4], [0.1, 0.9], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5], [0.7, 0.3]]])
+    sure = confident(scores, 0.8)
+    assert sure.predicted.tolist() == [1, 0] and sure.depth == pytest.approx((2 + 3) / 6)
+    assert confident(scores, 0.5).depth == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("edit", shift.EDITS.values(), ids=shift.EDITS)
+def test_edits_are_seeded_and_touch_some_words(edit):
+    text = " ".join(f"word{i}" for i in range(100))
+    edited = edit(text, random.Random(3))
+    assert edited == edit(text, random.Random(3)) != text
+    assert len(set(text.split()) & set(edited.split())) >= 60
+
+
+def test_findings_come_back_as_they_were_kept():
+    found = Findings([{"a": 1, "b": "x"}], Picture("a", "b", "c", ("low", "high")), ["so"])
+    text = findings.as_json("k", "Why?", {"limit": None}, found)
+    assert findings.from_json(text, {"limit": None}) == found
+    assert findings.from_json(text, {"limit": 5}) is None
