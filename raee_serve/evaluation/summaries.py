@@ -34,6 +34,7 @@ from raee_serve.evaluation.summary_report import (
 )
 from raee_serve.evaluation.summary_turns import Kept, Row, accepted, ask_all, rows_of
 from raee_serve.table.datasets import Example, add_data_argument
+from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
@@ -93,9 +94,7 @@ def summarise(args: argparse.Namespace, part: Part) -> Found:
     """Ask for what is not kept yet, and score all of it."""
     build_table(args, part)
     table = ExitTable.open(part.table)
-    entries = [table.metadata.tasks[task.name] for task in part.tasks]
-    exits = args.exits or sorted({layer for entry in entries for layer in entry.layers})
-    exits = [layer for layer in exits if layer < table.metadata.backbone.num_layers]
+    exits = args.exits or known_exits(table.metadata, part.tasks)
     named = ("limit", "words", "max_tokens", "concurrency")
     settings = {
         "model": part.model,
@@ -129,6 +128,14 @@ async def ask_part(
     return taken
 
 
+def known_exits(metadata: TableMetadata, tasks: Sequence[Task]) -> list[int]:
+    """Layers before the last one with shortcuts, or else those at which the tasks were probed."""
+    entries = [metadata.tasks[task.name] for task in tasks]
+    layers = {layer for entry in entries for layer in entry.shortcut_layers}
+    layers = layers or {layer for entry in entries for layer in entry.layers}
+    return sorted(layers - {metadata.backbone.num_layers})
+
+
 def answer_settings(task: Task, max_tokens: int) -> dict[str, Any]:
     """Of every request. A backbone that only continues texts would go on with the next article."""
     settings: dict[str, Any] = {"max_tokens": max_tokens}
@@ -136,12 +143,12 @@ def answer_settings(task: Task, max_tokens: int) -> dict[str, Any]:
 
 
 def build_table(args: argparse.Namespace, part: Part) -> None:
-    """Of the part's tasks, unless there is one."""
+    """Of the part's tasks, with shortcuts, unless there is one."""
     if Path(part.table).is_dir():
         return
     resolve_backbone(part.model)  # converts it the first time
     tasks = [flag for task in part.tasks for flag in ("--task", task.name)]
-    command = ["build", "--model", part.model, *tasks, "--table", part.table]
+    command = ["build", "--model", part.model, *tasks, "--shortcuts", "--table", part.table]
     command += ["--data", args.data, "--limit", str(args.table_rows)]
     print(f"$ raee-serve {' '.join(command)}", flush=True)
     if subprocess.run([sys.executable, "-m", "raee_serve.cli", *command], check=False).returncode:
@@ -192,7 +199,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         metavar="N",
-        help="fixed exit layers (default: those at which the table knows about its tasks)",
+        help="fixed exit layers (default: those that have shortcuts)",
     )
     parser.add_argument(
         "--budgets",

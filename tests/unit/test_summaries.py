@@ -1,6 +1,7 @@
 """Summaries: turns are kept and not mixed up, rows are scored against full depth's."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Answer
 from raee_serve.evaluation.metrics import rouge, rouge_l
 from raee_serve.evaluation.paired import compare_scores
-from raee_serve.evaluation.summaries import answer_settings, main
+from raee_serve.evaluation.summaries import answer_settings, known_exits, main
 from raee_serve.evaluation.summary_report import as_fields, as_markdown, draw, published, results
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Turn, rows_of
+from raee_serve.fingerprint import BackboneIdentity
+from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskEntry
 from raee_serve.table.tasks import get_task
 
 pytestmark = pytest.mark.unit
@@ -36,6 +39,20 @@ def test_rows_are_full_depth_each_exit_twice_and_the_budgets():
     assert rows[3].raee == {"task": None, "exit_layer": 2, "exit_head": "shortcut"}
     assert rows[-1].raee == {"quality": 0.9}
     assert len({row.name for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("shortcuts", "exits"), [(((), ()), [15, 20, 25]), (((22,), (18, 22)), [18, 22])]
+)
+def test_fixed_exits_are_where_shortcuts_are(shortcuts, exits):
+    tasks = [get_task("xsum_chat"), get_task("cnndm_chat")]
+    entries = {
+        task.name: replace(TaskEntry.of(task, (), layers), shortcut_layers=short)
+        for task, layers, short in zip(tasks, ((15, 25, 30), (20, 30)), shortcuts, strict=True)
+    }
+    backbone = BackboneIdentity("LlamaForCausalLM", 30, "00" * 32)
+    metadata = TableMetadata(backbone, EncoderIdentity("minilm", 384, "00" * 32), entries)
+    assert known_exits(metadata, tasks) == exits
 
 
 def test_turns_come_back_as_they_were_kept(tmp_path):
