@@ -94,7 +94,7 @@ def _markdown(kept: dict[str, Any]) -> str:
         _cells("---" for _ in columns),
     ]
     lines += [_cells(str(row.get(column, "")) for column in columns) for row in kept["rows"]]
-    return "\n".join([*lines, "", *kept["notes"], ""])
+    return "\n".join([*lines, "", *(f"- {note}" for note in kept["notes"]), ""])
 
 
 def _cells(values: Iterable[str]) -> str:
