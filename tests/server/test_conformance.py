@@ -120,6 +120,8 @@ def test_a_client_that_knows_nothing_of_this_gets_vanillas_answers(vanilla, serv
 
 
 def test_answers_from_a_lesser_depth_have_the_same_shape(vanilla, served):
-    answers = ask("python", served.url, LESS, GOOD)
-    assert compared(vanilla["python"], answers, GOOD, shape) == []
-    assert len(compared(vanilla["python"], answers, GOOD)) > 10  # and another content
+    """All but calls of tools: whether a text is one is a matter of its content."""
+    without_tools = [case for case in GOOD if "tools" not in case.body]
+    answers = ask("python", served.url, LESS, without_tools)
+    assert compared(vanilla["python"], answers, without_tools, shape) == []
+    assert len(compared(vanilla["python"], answers, without_tools)) > 10  # and another content

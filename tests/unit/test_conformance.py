@@ -90,11 +90,12 @@ def test_a_shape_knows_no_texts_but_reasons_and_prompt_tokens():
     one = shape(normal(body()))
     assert differences(one, shape(normal(body(text="green", logprob=-3.0)))) == []
     assert differences(one, shape(normal(body(raee={}))))
-    longer = body()
+    longer, called, more = body(), body(), body()
     longer["body"]["choices"][0]["finish_reason"] = "length"
-    more = body()
+    called["body"]["choices"][0]["finish_reason"] = "tool_calls"
     more["body"]["usage"]["prompt_tokens"] = 4
-    assert differences(one, shape(normal(longer))) and differences(one, shape(normal(more)))
+    assert differences(one, shape(normal(longer))) == []
+    assert differences(one, shape(normal(called))) and differences(one, shape(normal(more)))
 
 
 def test_a_shape_does_not_depend_on_which_tokens_were_best():

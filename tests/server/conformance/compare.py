@@ -17,6 +17,8 @@ JOINED = {"content", "text", "arguments", "delta", "refusal", "reasoning", "reas
 """Texts of which a stream brings one piece after the other."""
 SAME_AT_ANY_DEPTH = {"finish_reason", "prompt_tokens", "object", "role", "model", "status", "type"}
 """Members whose value is part of an answer's shape."""
+ENDS = {"stop", "length"}
+"""Reasons to finish of which one or the other may hold, as the text goes."""
 BY_TOKEN = {"top_logprobs", "prompt_logprobs"}
 """Members that may be an object with a key for each token."""
 
@@ -61,7 +63,7 @@ def shape(value: Any, name: str = "") -> Any:
     if isinstance(value, list):
         return _common_elements([[shape(item, name) for item in value]])
     if name in SAME_AT_ANY_DEPTH:
-        return value
+        return "/".join(sorted(ENDS)) if value in ENDS else value
     return "number" if isinstance(value, int | float) else type(value).__name__
 
 
