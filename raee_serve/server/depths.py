@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from raee_serve.records import ExitHead
-from raee_serve.server.loop_guard import LoopGuard
+from raee_serve.server.loops import LoopGuard
 from raee_serve.server.sampling import Rerun
 
 

@@ -15,7 +15,7 @@ from raee_serve.engine.settings import exit_args
 from raee_serve.server.depths import PromptDepth, RequestDepths, current_depths
 from raee_serve.server.gate import Gate
 from raee_serve.server.limits import with_first_tokens
-from raee_serve.server.loop_guard import Start, without_loops
+from raee_serve.server.loop_guard import Start, watches, without_loops
 from raee_serve.server.sampling import Answer, Rerun
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class DepthClient:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Of the prompt at this position, under its loop guard if it has one."""
         own, guard = at_depth(params, depth), depth.guard
-        if guard is None or not guard.watches(own):
+        if guard is None or not watches(guard, own):
             return start(own)
 
         def note_restart() -> None:

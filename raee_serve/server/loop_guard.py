@@ -10,12 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from raee_serve.server.loops import MIN_TOKENS, LoopDetector
+from raee_serve.server.loops import MIN_TOKENS, LoopDetector, LoopGuard
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -24,22 +23,11 @@ Start = Callable[[SamplingParams], "AsyncGenerator[RequestOutput, None]"]
 """Generates the answer to the prompt at hand."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoopGuard:
-    """How one prompt's output is watched.
-
-    window: tokens of a stream that are held back; 0: streams are not watched.
-    task: that a restart counts for.
-    """
-
-    window: int
-    task: str
-
-    def watches(self, params: SamplingParams) -> bool:
-        """Whether an output under `params` could be caught at all."""
-        is_long_enough = params.max_tokens is None or params.max_tokens >= MIN_TOKENS
-        is_whole = params.output_kind is RequestOutputKind.FINAL_ONLY
-        return is_long_enough and (is_whole or self.window > 0)
+def watches(guard: LoopGuard, params: SamplingParams) -> bool:
+    """Whether an output under `params` could be caught at all."""
+    is_long_enough = params.max_tokens is None or params.max_tokens >= MIN_TOKENS
+    is_whole = params.output_kind is RequestOutputKind.FINAL_ONLY
+    return is_long_enough and (is_whole or guard.window > 0)
 
 
 async def without_loops(

@@ -1,9 +1,11 @@
-"""Whether a text has fallen into a loop: an n-gram test on its own tokens."""
+"""Whether a text has fallen into a loop: an n-gram test on its own tokens. Imports no vLLM, so that
+settings can be checked early."""
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 MAX_PERIOD = 64
 """Longest stretch of tokens whose repetition is looked for: two or three sentences."""
@@ -11,6 +13,18 @@ REPEATS = 3
 """Times that the stretch has to stand there, one after the other."""
 MIN_TOKENS = 16
 """Least length of all of them together: a row of dashes, or "no, no, no", is no loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopGuard:
+    """How one prompt's output is watched.
+
+    window: tokens of a stream that are held back; 0: streams are not watched.
+    task: that a restart counts for.
+    """
+
+    window: int
+    task: str
 
 
 class LoopDetector:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from raee_serve.errors import RaeeError
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.server.loop_guard import LoopGuard
-from raee_serve.server.loops import MIN_TOKENS
+from raee_serve.server.loops import MIN_TOKENS, LoopGuard
 
 LOOP_WINDOW = 32
 """Tokens: twice what the shortest loop takes, and less than a second of decoding."""

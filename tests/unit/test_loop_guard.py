@@ -10,8 +10,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from raee_serve.engine.settings import EXIT_LAYER_KEY, exit_args
 from raee_serve.errors import RaeeError
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.server.loop_guard import LoopGuard, without_loops
-from raee_serve.server.loops import MIN_TOKENS
+from raee_serve.server.loop_guard import watches, without_loops
+from raee_serve.server.loops import MIN_TOKENS, LoopGuard
 from raee_serve.server.valves import MAX_WINDOW, Valves
 from tests.unit.serving import ALLOWED, DELTA, FINAL_ONLY, NUM_LAYERS, Server, request_output
 
@@ -255,8 +255,9 @@ def test_what_cannot_be_caught_is_not_held_back():
     stream.output_kind = DELTA
     whole = SamplingParams(max_tokens=500, output_kind=FINAL_ONLY)
     short = SamplingParams(max_tokens=MIN_TOKENS - 1)
-    assert guard.watches(stream) and guard.watches(whole) and not guard.watches(short)
-    assert not LoopGuard(0, "xsum").watches(stream) and LoopGuard(0, "xsum").watches(whole)
+    assert watches(guard, stream) and watches(guard, whole) and not watches(guard, short)
+    no_streams = LoopGuard(0, "xsum")
+    assert not watches(no_streams, stream) and watches(no_streams, whole)
 
 
 RETRIEVED = ExitDecision(EARLY, FULL, Reason.RETRIEVED, "xsum")
