@@ -29,6 +29,7 @@ from benchmarks.throughput import DEPTHS, depth_named, mixes
 from benchmarks.workloads import Workload
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.engine.settings import engine_options, exit_args
+from raee_serve.retrieval.drawing import pyplot
 
 BLOCK, MAX_LEN = 128, 512
 ENVIRONMENT = {
@@ -194,11 +195,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], target: Path) -> None:
     """One PNG: requests running at once against their depth, and those of a cache that is whole."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     num_layers, running = result["num_layers"], result["running_at_depth"]
     whole, depths = running[num_layers], sorted(running)
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150)

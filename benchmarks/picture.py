@@ -5,10 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from raee_serve.retrieval.drawing import pyplot
 
 INK, OURS, IDEAL, VANILLA = "#222222", "#0b6e4f", "#c77d0a", "#6b6b6b"
 
@@ -22,7 +19,7 @@ def draw(result: dict[str, Any], workload: str, target: Path) -> None:
     speed = [r["speedup"] for _, r in uniform] + [full]
     ideal = [r["speedup"]["median"] / r["efficiency"]["median"] for _, r in uniform] + [1.0]
 
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=150)
+    figure, axes = pyplot().subplots(figsize=(7, 4), dpi=150)
     axes.axhline(1.0, color=VANILLA, linestyle=":", label="vanilla vLLM")
     axes.plot(depths, ideal, color=IDEAL, marker="s", label="ideal: checkpoint cut to that depth")
     axes.errorbar(

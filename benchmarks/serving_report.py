@@ -12,6 +12,7 @@ from benchmarks.serving_shapes import Asked
 from benchmarks.serving_systems import Decided
 from benchmarks.statistics import Ratio, median_interval, paired_ratio
 from raee_serve.evaluation.metrics import metric_name, score
+from raee_serve.retrieval.drawing import pyplot
 from raee_serve.table.task import Task
 
 VANILLA, CUT, OURS = "vanilla", "cut checkpoint", "raee-serve"
@@ -172,11 +173,7 @@ def headline(shape: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
 
 def draw(runs: Sequence[Run], title: str, target: Path) -> None:
     """One PNG: latencies against the rate offered, p50 solid and p99 dashed, and saturation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     shown = [name for name in LATENCIES if name != "tpot" or any(run.p50_tpot_ms for run in runs)]
     figure, panels = plt.subplots(1, len(shown) + 1, figsize=(4 * len(shown) + 3, 4), dpi=150)
     for axes, latency in zip(panels, shown, strict=False):

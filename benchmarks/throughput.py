@@ -1,8 +1,9 @@
 """Truncated execution against vanilla vLLM and against checkpoints physically cut.
 
-All systems live side by side and work through the same prompts in turns of a fraction of a second,
-A B A B; one that waits is stopped (SIGSTOP). Such a round gives one pair of times for each figure,
-which is the median of the pairs' ratios. The first round warms up and is not counted.
+All systems live side by side. Those compared work through the same prompts in turns of a fraction
+of a second, A B A B; one that waits is stopped (SIGSTOP). A round of all comparisons gives one pair
+of times for each figure, which is the median of the pairs' ratios. The first round warms up and is
+not counted.
 
 - full_depth_ratio: this at full depth / vanilla (throughput).
 - speedup: this at depth d, or with mixed depths, / vanilla.
@@ -16,7 +17,7 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ MIXES = ("six-depths", "half-shallow")
 
 DEPTHS = {"third": 1 / 3, "half": 1 / 2, "two-thirds": 2 / 3, "full": 1.0}
 """Names of uniform depths, as shares of the layers."""
+
+
+Jobs = dict[str, list[tuple[System, Job]]]
+"""What runs side by side: the jobs of each name, and whose they are."""
 
 
 class Comparison:
@@ -70,16 +75,9 @@ class Comparison:
         """New prompts from here on, the same for every system of the round."""
         self._seed += 1
 
-    def forget_cut(self) -> None:
-        """End the engines of cut checkpoints, each of which holds gigabytes of memory."""
-        for system in self._cut.values():
-            system.close()
-        self._cut.clear()
-
     def close(self) -> None:
-        self.forget_cut()
-        self.vanilla.close()
-        self.ours.close()
+        for system in (self.vanilla, self.ours, *self._cut.values()):
+            system.close()
 
     def _start(self, name: str, path: Path, options: dict[str, Any]) -> System:
         print(f"starting {name} ...", flush=True)
@@ -87,32 +85,44 @@ class Comparison:
 
 
 def rounds(
-    comparison: Comparison, jobs: Callable[[], dict[str, list[tuple[System, Job]]]], pairs: int
+    comparison: Comparison, groups: Callable[[], Iterable[Jobs]], pairs: int
 ) -> dict[str, list[float]]:
-    """[pairs] seconds by name of job, after one round to warm up."""
+    """[pairs] seconds by name of job, after one round to warm up.
+
+    groups: of a round; the jobs of each run side by side, one group after the other.
+    """
     times: list[dict[str, float]] = []
     for _ in range(pairs + 1):
         comparison.next_round()
-        times.append(run_side_by_side(jobs()))
+        times.append({k: v for jobs in groups() for k, v in run_side_by_side(jobs).items()})
     return {name: [t[name] for t in times[1:]] for name in times[0]}
 
 
-def uniform(comparison: Comparison, workload: Workload, depth: int, pairs: int) -> dict[str, Ratio]:
-    """Speed-up over vanilla and efficiency against the cut checkpoint at one depth."""
-    exits = [depth] * workload.num_requests
-    systems = {"cut": comparison.cut(depth), "vanilla": comparison.vanilla}
-    if depth == comparison.num_layers:
-        del systems["vanilla"]
+def uniform(
+    comparison: Comparison, workload: Workload, depths: Sequence[int], pairs: int
+) -> dict[int, dict[str, Ratio]]:
+    """Speed-up over vanilla and efficiency against the cut checkpoint, by depth.
 
-    def jobs() -> dict[str, list[tuple[System, Job]]]:
-        ours = comparison.part(comparison.ours, workload, exits)
-        others = {name: [comparison.part(system, workload)] for name, system in systems.items()}
-        return {"ours": [ours], **others}
+    Full depth is always among the depths, for it has vanilla's times.
+    """
+    full = comparison.num_layers
+    depths = sorted({*depths, full})
 
-    times = rounds(comparison, jobs, pairs)
+    def groups() -> Iterable[Jobs]:
+        for depth in depths:
+            exits = [depth] * workload.num_requests
+            yield {
+                f"ours {depth}": [comparison.part(comparison.ours, workload, exits)],
+                f"cut {depth}": [comparison.part(comparison.cut(depth), workload)],
+            }
+
+    times = rounds(comparison, groups, pairs)
     return {
-        "speedup": paired_ratio(times.get("vanilla", times["cut"]), times["ours"]),
-        "efficiency": paired_ratio(times["cut"], times["ours"]),
+        depth: {
+            "speedup": paired_ratio(times[f"cut {full}"], times[f"ours {depth}"]),
+            "efficiency": paired_ratio(times[f"cut {depth}"], times[f"ours {depth}"]),
+        }
+        for depth in depths
     }
 
 
@@ -127,15 +137,15 @@ def mixed(
         part = Workload(workload.name, num_requests, workload.prompt_len, workload.output_len)
         return comparison.part(comparison.cut(depth), part)
 
-    def jobs() -> dict[str, list[tuple[System, Job]]]:
-        return {
+    def groups() -> Iterable[Jobs]:
+        yield {
             "ours": [comparison.part(comparison.ours, workload, exits)],
             "added": [vanilla(d, alive[d]) for d in depths],
             "taken away": [vanilla(d, alive[deeper]) for d, deeper in pairwise(depths)],
             "vanilla": [vanilla(comparison.num_layers, len(exits))],
         }
 
-    times = rounds(comparison, jobs, pairs)
+    times = rounds(comparison, groups, pairs)
     ideal = [a - b for a, b in zip(times["added"], times["taken away"], strict=True)]
     return {
         "speedup": paired_ratio(times["vanilla"], times["ours"]),
@@ -171,10 +181,9 @@ def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
         "mixed_efficiency": {w.name: {} for w in workloads},
     }
     try:
-        for depth in (depth_named(name, n) for name in args.depths):
-            for workload in workloads:
-                add_uniform(result, comparison, workload, depth, args.pairs)
-            comparison.forget_cut()
+        depths = [depth_named(name, n) for name in args.depths]
+        for workload in workloads if depths else ():
+            add_uniform(result, comparison, workload, depths, args.pairs)
         for workload in workloads:
             for mix in args.mixes if workload.num_requests > 1 else ():
                 add_mixed(result, comparison, workload, mix, args.pairs)
@@ -193,18 +202,22 @@ def depth_named(name: str, num_layers: int) -> int:
 
 
 def add_uniform(
-    result: dict[str, Any], comparison: Comparison, workload: Workload, depth: int, pairs: int
+    result: dict[str, Any],
+    comparison: Comparison,
+    workload: Workload,
+    depths: Sequence[int],
+    pairs: int,
 ) -> None:
-    """Measure one depth and put its figures into the result's fields."""
-    ratios = uniform(comparison, workload, depth, pairs)
-    if depth == comparison.num_layers:
-        report(workload, "full depth / vanilla", ratios["efficiency"])
-        result["full_depth_ratio"][workload.name] = ratios["efficiency"].as_dict()
-        return
-    for kind, ratio in ratios.items():
-        report(workload, f"depth {depth} of {comparison.num_layers}: {kind}", ratio)
-    figures = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
-    result["uniform"][workload.name][depth] = figures
+    """Measure uniform depths and put their figures into the result's fields."""
+    for depth, ratios in uniform(comparison, workload, depths, pairs).items():
+        if depth == comparison.num_layers:
+            report(workload, "full depth / vanilla", ratios["efficiency"])
+            result["full_depth_ratio"][workload.name] = ratios["efficiency"].as_dict()
+            continue
+        for kind, ratio in ratios.items():
+            report(workload, f"depth {depth} of {comparison.num_layers}: {kind}", ratio)
+        figures = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
+        result["uniform"][workload.name][depth] = figures
 
 
 def add_mixed(
@@ -234,7 +247,8 @@ def main() -> None:
         nargs="*",
         default=list(DEPTHS),
         metavar="D",
-        help=f"uniform depths: {', '.join(DEPTHS)} or numbers of layers (default: these four)",
+        help=f"uniform depths: {', '.join(DEPTHS)} or numbers of layers (default: these four); "
+        "full depth is measured beside any other",
     )
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument(

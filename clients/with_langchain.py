@@ -3,24 +3,19 @@
 Needs `pip install langchain-openai`.
 """
 
-import argparse
-import os
-
+from connection import argument_parser, connect
 from langchain_openai import ChatOpenAI
 
 QUESTION = "Name three things that float on water."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    default = os.environ.get("RAEE_BASE_URL", "http://localhost:8000/v1")
-    parser.add_argument("--base-url", default=default)
-    parser.add_argument("--model", default=os.environ.get("RAEE_MODEL", "smollm2-135m"))
-    args = parser.parse_args()
+    args = argument_parser(__doc__).parse_args()
+    client, model = connect(args)
     settings = {
         "base_url": args.base_url,
-        "api_key": os.environ.get("OPENAI_API_KEY", "none"),
-        "model": args.model,
+        "api_key": client.api_key,
+        "model": model,
         "temperature": 0,
         "max_tokens": 16,
         "include_response_headers": True,

@@ -3,25 +3,20 @@
 Needs `pip install litellm`, in an environment of its own: it asks for another openai package.
 """
 
-import argparse
-import os
-
 import litellm
+from connection import argument_parser, connect
 
 MESSAGES = [{"role": "user", "content": "Name three things that float on water."}]
 HEADER = "llm_provider-x-raee-"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    default = os.environ.get("RAEE_BASE_URL", "http://localhost:8000/v1")
-    parser.add_argument("--base-url", default=default)
-    parser.add_argument("--model", default=os.environ.get("RAEE_MODEL", "smollm2-135m"))
-    args = parser.parse_args()
+    args = argument_parser(__doc__).parse_args()
+    client, model = connect(args)
     request = {
-        "model": f"openai/{args.model}",
+        "model": f"openai/{model}",
         "api_base": args.base_url,
-        "api_key": os.environ.get("OPENAI_API_KEY", "none"),
+        "api_key": client.api_key,
         "messages": MESSAGES,
         "temperature": 0,
         "max_tokens": 16,

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from raee_serve.evaluation.metrics import ROUGE_KINDS, rouge
 from raee_serve.evaluation.paired import compare_scores
+from raee_serve.evaluation.report import markdown_table
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Row, Turn
+from raee_serve.retrieval.drawing import pyplot
 
 PUBLISHED = {"cnndm": 0.1401, "xsum": 0.0715}
 """ROUGE-L in the RAEE paper (arXiv 2405.15198), which does not say of what backbone."""
@@ -120,18 +122,15 @@ def as_markdown(found: Mapping[str, Mapping[str, Sequence[RowResult]]]) -> str:
     for model, tasks in found.items():
         for task, rows in tasks.items():
             paper = published(task)
+            table = markdown_table(HEADINGS, map(_cells, rows))
             beside = "" if paper is None else f" The paper: ROUGE-L {100 * paper:.2f}."
-            parts.append(f"### {model}, {task}\n\n{rows[0].n} documents.{beside}\n\n{_table(rows)}")
+            parts.append(f"### {model}, {task}\n\n{rows[0].n} documents.{beside}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
 def draw(found: Mapping[str, Mapping[str, Sequence[RowResult]]], target: Path) -> None:
     """One PNG: of each model and task, ROUGE-L against speed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     panels = [(model, task, rows) for model, tasks in found.items() for task, rows in tasks.items()]
     columns = min(2, len(panels))
     height = -(-len(panels) // columns)
@@ -161,11 +160,6 @@ def _draw_panel(axes: Any, rows: Sequence[RowResult]) -> None:
     axes.set_xlabel("documents/s, full depth = 1")
     axes.set_ylabel("ROUGE-L")
     axes.set_ylim(bottom=0)
-
-
-def _table(rows: Sequence[RowResult]) -> str:
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(row: RowResult) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from raee_serve import cli
 from raee_serve.errors import TaskError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.records import Reason
-from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.table.build import BATCHES_PER_COMMIT, TaskBuilder
 from raee_serve.table.datasets import Example
@@ -33,11 +32,6 @@ EXAMPLES = [Example(text, int(text.startswith("fine"))) for text in REVIEWS]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, smollm2):
     return tokenized_llama(tmp_path_factory.mktemp("llama") / "tiny", smollm2)
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder("minilm", threads=2)
 
 
 class RecordingProbe(LayerProbe):

@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
-from transformers import AutoTokenizer
 
 from raee_serve.errors import BindingError, TableError
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import Reason
-from raee_serve.retrieval.encoder import Encoder
 from raee_serve.server.admission import Admission
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.gate import Gate
@@ -35,16 +33,6 @@ pytestmark = pytest.mark.unit
 NUM_LAYERS, LAYER = BACKBONE.num_layers, 2
 TEXTS = ["a wonderful film", "an awful film", "a great book", "a dull book"]
 NAMED = {"task": "sst2", "rule": "earliest"}
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder("minilm")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return AutoTokenizer.from_pretrained(smollm2)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from raee_serve.cli import main
 from raee_serve.errors import BindingError, RaeeError
 from raee_serve.records import Reason
 from raee_serve.retrieval.aggregate import QUALITY, RULE_NAMES, decide, exits, rule_named
-from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.table.evidence import evidence_of, free_text_quality, kept_quality
@@ -190,11 +189,6 @@ def test_a_stored_quality_comes_back(table):
 
 TRAVEL = ["the train was late again", "a train to the coast", "trains and ferries"]
 FOOD = ["the soup was cold", "a soup with bread", "bread and soup"]
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder("minilm", threads=1)
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
-from transformers import AutoTokenizer
 
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import Reason
-from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.retriever import Lookup
 from raee_serve.server.admission import Admission
 from raee_serve.server.gate import Gate
@@ -27,16 +25,6 @@ from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata
 pytestmark = pytest.mark.unit
 
 TEXTS = ["a wonderful film", "an awful film", "a great book", "a dull book"]
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder("minilm", threads=2)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return AutoTokenizer.from_pretrained(smollm2)
 
 
 @pytest.fixture

@@ -28,11 +28,6 @@ HOTELS = ["the hotel room was filthy", "the hotel was clean and quiet"]
 PRAISE_LAYER, SPITE_LAYER, HOTEL_LAYER = 2, 3, 1
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder("minilm", threads=2)
-
-
 def right_at(layer):
     """Probability of gold by layer: right at one layer only."""
     return [0.9 if layer == own else 0.1 for own in (1, 2, 3, 4)]

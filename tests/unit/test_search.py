@@ -8,7 +8,6 @@ import pytest
 from raee_serve.cli import main
 from raee_serve.errors import TableError
 from raee_serve.records import Reason
-from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import LeaveOneOutVotes
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.retrieval.search import InMemorySearch, largest
@@ -24,11 +23,6 @@ ADJECTIVES = ("wonderful", "dull", "moving", "noisy", "brief", "strange", "warm"
 THINGS = ("film", "book", "hotel", "phone", "song", "meal", "play", "match", "lecture", "journey")
 TEXTS = [f"a {adjective} {thing}" for adjective in ADJECTIVES for thing in THINGS]
 PROMPTS = [f"a {adjective} and long {thing}" for adjective in ADJECTIVES for thing in THINGS[:3]]
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder("minilm")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from raee_serve import cli
 from raee_serve.engine.settings import OFF_VARIABLE, shortcuts_of
 from raee_serve.errors import BindingError, RaeeError, TableError
 from raee_serve.fingerprint import identify_backbone
-from raee_serve.retrieval.encoder import Encoder
 from raee_serve.server.launch import _engine_options
 from raee_serve.server.settings import DepthSettings
 from raee_serve.shortcuts import FILE_NAME, Shortcuts, beside_table, find_shortcuts
@@ -58,11 +57,6 @@ def shortcuts(checkpoint):
 @pytest.fixture
 def probe(checkpoint):
     return LayerProbe(checkpoint, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder("minilm", threads=1)
 
 
 @pytest.fixture

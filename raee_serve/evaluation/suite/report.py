@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from raee_serve.evaluation.report import markdown_table
 from raee_serve.evaluation.suite.findings import Findings, Row, columns_of
 from raee_serve.retrieval.drawing import pyplot
 
@@ -86,19 +87,11 @@ def _section(out: Path, name: str) -> str:
 
 def _markdown(kept: dict[str, Any]) -> str:
     columns = columns_of(kept["rows"])
-    lines = [
-        f"## {kept['study']}",
-        kept["question"],
-        "",
-        _cells(columns),
-        _cells("---" for _ in columns),
-    ]
-    lines += [_cells(str(row.get(column, "")) for column in columns) for row in kept["rows"]]
-    return "\n".join([*lines, "", *(f"- {note}" for note in kept["notes"]), ""])
-
-
-def _cells(values: Iterable[str]) -> str:
-    return f"| {' | '.join(values)} |"
+    table = markdown_table(
+        columns, ([str(row.get(column, "")) for column in columns] for row in kept["rows"])
+    )
+    notes = [f"- {note}" for note in kept["notes"]]
+    return "\n".join([f"## {kept['study']}", kept["question"], "", table, "", *notes, ""])
 
 
 def _table(rows: list[Row]) -> str:
