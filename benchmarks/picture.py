@@ -1,6 +1,7 @@
 """Draw what `benchmarks.throughput --json` printed: throughput against mean depth."""
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,34 @@ def bars(ratios: list[dict[str, float]]) -> list[list[float]]:
     ]
 
 
+def together(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one model on one machine as one; of what several measured, the last counts.
+
+    Raises `ValueError` for runs that are not comparable.
+    """
+    whole = copy.deepcopy(results[0])
+    for result in results[1:]:
+        for name in ("model", "dtype", "machine"):
+            if result[name] != whole[name]:
+                raise ValueError(f"{name} is {whole[name]!r} and {result[name]!r}")
+        for workload, ratio in result["full_depth_ratio"].items():
+            whole["full_depth_ratio"][workload] = ratio
+        for name in ("uniform", "mixed"):
+            for workload, found in result[name].items():
+                whole[name].setdefault(workload, {}).update(found)
+    return whole
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "output", type=Path, help="what the benchmark printed; its last line counts"
+        "outputs", type=Path, nargs="+", help="what the benchmark printed; last lines count"
     )
     parser.add_argument("--workload", default="decode-heavy")
     parser.add_argument("--png", type=Path, required=True)
     args = parser.parse_args()
-    draw(json.loads(args.output.read_text().splitlines()[-1]), args.workload, args.png)
+    results = [json.loads(output.read_text().splitlines()[-1]) for output in args.outputs]
+    draw(together(results), args.workload, args.png)
 
 
 if __name__ == "__main__":
