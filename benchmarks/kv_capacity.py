@@ -23,9 +23,9 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.arguments import add_model_arguments
+from benchmarks.depths import DEPTHS, depth_named, mixes
 from benchmarks.machine import machine
 from benchmarks.statistics import paired_ratio
-from benchmarks.throughput import DEPTHS, depth_named, mixes
 from benchmarks.workloads import Workload
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.engine.settings import engine_options, exit_args
