@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.heads import VOTE_K, HeadName
+
+if TYPE_CHECKING:
+    from raee_serve.table.schema import RuleChoice
 
 Array = NDArray[np.float64]
 
@@ -60,11 +64,15 @@ class Rule:
 
 def rule_named(name: str) -> Rule:
     """Raises RaeeError for an unknown one."""
-    if name == QUALITY:
-        return QUALITY_RULE
-    if name not in RULES:
+    rules = {**RULES, QUALITY: QUALITY_RULE}
+    if name not in rules:
         raise RaeeError(f"unknown rule {name!r}; known rules: {', '.join(RULE_NAMES)}")
-    return RULES[name]
+    return rules[name]
+
+
+def share_of(choice: RuleChoice) -> float:
+    """What the chosen rule takes for its fraction, which `quality` has a setting of its own for."""
+    return choice.quality if choice.rule == QUALITY else choice.fraction
 
 
 def decide(
