@@ -64,10 +64,9 @@ class Rule:
 
 def rule_named(name: str) -> Rule:
     """Raises RaeeError for an unknown one."""
-    rules = {**RULES, QUALITY: QUALITY_RULE}
-    if name not in rules:
-        raise RaeeError(f"unknown rule {name!r}; known rules: {', '.join(RULE_NAMES)}")
-    return rules[name]
+    if name not in EVERY_RULE:
+        raise RaeeError(f"unknown rule {name!r}; known rules: {', '.join(EVERY_RULE)}")
+    return EVERY_RULE[name]
 
 
 def share_of(choice: RuleChoice) -> float:
@@ -172,4 +171,5 @@ QUALITY = "quality"
 QUALITY_RULE = Rule((), 24, share_of_full, earliest_keeping)
 """Of free text alone, with the wanted quality in the place of the fraction. Asked of label words it
 leaves them their own rule."""
-RULE_NAMES = (*RULES, QUALITY)
+EVERY_RULE = {**RULES, QUALITY: QUALITY_RULE}
+RULE_NAMES = tuple(EVERY_RULE)
