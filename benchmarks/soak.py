@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import machine
-from raee_serve.cli import main as run_command
+from benchmarks.tables import build_table
 from raee_serve.evaluation.metrics_page import total
 from raee_serve.evaluation.run import PATIENT_TIMEOUT_MS
 from raee_serve.evaluation.server_process import running_process
@@ -283,9 +283,7 @@ def main() -> None:
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         table = f"{scratch}/table"
-        command = ["build", "--model", args.model, "--task", TASK, "--table", table]
-        if run_command([*command, "--limit", "24"]):
-            raise SystemExit(1)
+        build_table(args.model, [TASK], table, limit=24)
         flags = ["--table", table, "--max-model-len", "1024", "--dtype", "float32"]
         flags += ["--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
         serve = [sys.executable, "-m", "raee_serve.cli", "serve", args.model, *flags]
