@@ -110,6 +110,7 @@ def gap(
 
 
 def verdict(gaps: Sequence[float | None]) -> dict[str, Any]:
+    """largest_gap: among those that are finite."""
     parted = [g for g in gaps if g is not None]
     wrong = [g for g in parted if g > TIE]
     return {
@@ -117,5 +118,5 @@ def verdict(gaps: Sequence[float | None]) -> dict[str, Any]:
         "equal": len(gaps) - len(parted),
         "ties": len(parted) - len(wrong),
         "wrong": len(wrong),
-        "largest_gap": max(parted, default=0.0),
+        "largest_gap": max((g for g in parted if g < inf), default=0.0),
     }

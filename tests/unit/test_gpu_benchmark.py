@@ -212,9 +212,9 @@ def test_a_tie_is_no_difference():
     assert isclose(gap([5, 9], [5, 8], logprobs), 0.00005, rel_tol=1e-6)
     assert gap([7, 8], [5, 8], logprobs) == pytest.approx(1.9)
     assert gap([6, 8], [5, 8], logprobs) == inf
-    told = verdict([None, 0.00005, 1.9])
-    assert (told["equal"], told["ties"], told["wrong"]) == (1, 1, 1)
-    assert told["largest_gap"] == 1.9
+    told = verdict([None, 0.00005, 1.9, inf])
+    assert (told["requests"], told["equal"], told["ties"], told["wrong"]) == (4, 1, 1, 2)
+    assert told["largest_gap"] == 1.9  # JSON has no infinity
 
 
 def test_the_time_left_is_shared_out():
