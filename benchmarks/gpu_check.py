@@ -63,14 +63,13 @@ def check(machinery: Machinery, deadline: Deadline) -> dict[str, Any]:
             if process is vanilla[SHAPE.num_layers]:
                 said = tell(process, job(prompts[1:2]))["tokens"][0]
                 print(f"vanilla vLLM runs: {len(said)} tokens {said}", flush=True)
-        told = tell(ours, job(prompts, exits))
-        gaps = []
+        tokens = tell(ours, job(prompts, exits))["tokens"]
+        gaps: list[float | None] = []
         for depth, process in vanilla.items():
             there = [i for i, exit_layer in enumerate(exits) if exit_layer == depth]
             reference = tell(process, job([prompts[i] for i in there]))
-            answers = zip(reference["tokens"], reference["logprobs"], strict=True)
-            said = zip((told["tokens"][i] for i in there), answers, strict=True)
-            gaps += [gap(tokens, *answer) for tokens, answer in said]
+            own = [tokens[i] for i in there]
+            gaps += map(gap, own, reference["tokens"], reference["logprobs"])
     return verdict(gaps)
 
 
