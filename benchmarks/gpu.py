@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from vllm.platforms import current_platform
 
 from benchmarks.deadline import Deadline, OutOfTime
@@ -32,17 +33,16 @@ from benchmarks.shapes import SHAPES
 
 DEFAULT_SHAPES = ["llama-3.1-8b", "gemma-2-9b"]
 MEMORY_SHARE = 0.94
-"""Of the device's, for all engines together."""
+"""Of the GPU's memory."""
 
 
 def run(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
     """All figures; `error` has what an engine ended with, which ends the rest of its shape."""
     deadline = Deadline(args.minutes * 60)
-    memory = MEMORY_SHARE * current_platform.get_device_total_memory()
     settings = {"enforce_eager": True} if args.eager else {}
     if args.attention_backend is not None:
         settings["attention_backend"] = args.attention_backend
-    machinery = Machinery(workdir, environment(), memory, settings, args.logs)
+    machinery = Machinery(workdir, environment(), memory_bytes(), settings, args.logs)
     result: dict[str, Any] = {"machine": machine(), "settings": settings, "shapes": {}}
     if not args.skip_check:
         try:
@@ -100,6 +100,13 @@ def environment() -> dict[str, str]:
     if not current_platform.is_cpu():
         return {}
     return {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+
+
+def memory_bytes() -> float:
+    """For all engines together; without a GPU, which is for trying out, half of what is free."""
+    if current_platform.is_cpu():
+        return psutil.virtual_memory().available / 2
+    return MEMORY_SHARE * current_platform.get_device_total_memory()
 
 
 def table_of(args: argparse.Namespace) -> list[float] | None:
