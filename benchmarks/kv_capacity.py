@@ -10,10 +10,7 @@ The pool is the same for all, a few full-depth requests long, and `max_num_seqs`
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -23,9 +20,10 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.arguments import add_model_arguments
+from benchmarks.depths import DEPTHS, depth_named, mixes
+from benchmarks.engine_process import EngineProcess, Job
 from benchmarks.machine import machine
 from benchmarks.statistics import paired_ratio
-from benchmarks.throughput import DEPTHS, depth_named, mixes
 from benchmarks.workloads import Workload
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.engine.settings import engine_options, exit_args
@@ -39,44 +37,18 @@ ENVIRONMENT = {
 }
 """Engine core and worker in one process, so that its scheduler can be looked at."""
 
-Job = dict[str, Any]
 
-
-class System:
-    """An engine in a process of its own; `options` are the extension's, none for vanilla vLLM."""
-
-    def __init__(self, engine: dict[str, Any], options: dict[str, Any]) -> None:
-        environment = {**os.environ, **ENVIRONMENT}
-        if not options:
-            environment["VLLM_PLUGINS"] = ""
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open while it runs
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.kv_capacity", "--engine"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment,
-        )
-        self.ask({**engine, **options})
-
-    def ask(self, job: Job) -> Job:
-        """Its answer to a job. Raises `RuntimeError` with the end of its log if it has none."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if line.startswith("ANSWER"):
-                return json.loads(line.removeprefix("ANSWER"))
-        self._log.seek(0)
-        raise RuntimeError(f"the engine ended early:\n{self._log.read()[-3000:]}")
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+def started(engine: Job, options: Job) -> EngineProcess:
+    """An engine of this module's; `options` are the extension's, none for vanilla vLLM."""
+    name = "raee-serve" if options else "vanilla"
+    command = ("benchmarks.kv_capacity", "--engine")
+    system = EngineProcess(name, engine, options, ENVIRONMENT, command=command)
+    system.ready()
+    return system
 
 
 def run_engine() -> None:
-    """The process of a `System`: engine arguments in, then a job a line."""
+    """The process of such a system: engine arguments in, then a job a line."""
     from vllm import LLM
 
     jobs = iter(sys.stdin.readline, "")
@@ -150,22 +122,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     seed = iter(range(1_000_000))
 
-    def ask(system: System, exits: list[int] | None) -> Job:
+    def ask(system: EngineProcess, exits: list[int] | None) -> Job:
         answer = system.ask(workload.job(next(seed), vocab_size, exits))
         print(f"  {answer}", flush=True)
         return answer
 
     print("vanilla, full depth", flush=True)
-    vanilla = System(engine, {})
+    vanilla = started(engine, {})
     whole = ask(vanilla, None)["running"]
     vanilla.close()
-    on = System(engine, engine_options(kv_segments=args.segments))
+    on = started(engine, engine_options(kv_segments=args.segments))
     efficiency, running = {}, {num_layers: whole}
     for depth in (depth_named(name, num_layers) for name in args.depths):
         print(f"segments on, depth {depth}", flush=True)
         running[depth] = ask(on, [depth] * args.requests)["running"]
         efficiency[depth] = round(running[depth] / whole / (num_layers / depth), 3)
-    off = System(engine, engine_options())
+    off = started(engine, engine_options())
     exits = mixes(num_layers, args.requests)["six-depths"]
     answers: dict[str, list[Job]] = {"on": [], "off": []}
     for pair in range(args.pairs):

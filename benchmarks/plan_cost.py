@@ -23,8 +23,8 @@ os.environ.update(
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from benchmarks.depths import mixes
 from benchmarks.machine import machine
-from benchmarks.throughput import mixes
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.engine.scheduler import TruncatingScheduler
 from raee_serve.engine.settings import engine_options, exit_args

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.statistics import paired_ratio
-from raee_serve.cli import main as run_command
+from benchmarks.tables import build_table
 from raee_serve.evaluation.asking import Asker, asker
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.table.datasets import load_examples
@@ -76,7 +76,5 @@ def _prompts(task: Task, args: argparse.Namespace) -> list[str]:
 def _built(args: argparse.Namespace) -> str:
     """A table of the task for the model, made unless it is in the working directory."""
     table = str(Path(args.workdir) / f"server-{args.model}")
-    command = ["build", "--model", args.model, "--task", args.task, "--table", table]
-    if run_command([*command, "--data", args.data, "--limit", "2000"]):
-        raise SystemExit(1)
+    build_table(args.model, [args.task], table, 2000, args.data)
     return table

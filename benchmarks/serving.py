@@ -42,8 +42,8 @@ from benchmarks.serving_report import (
 )
 from benchmarks.serving_shapes import Asked, Shape, Texts
 from benchmarks.serving_systems import ServedSystem, raee_server, vanilla_server
+from benchmarks.tables import build_table
 from raee_serve.checkpoints import local_checkpoint
-from raee_serve.cli import main as run_command
 from raee_serve.cut import cut_checkpoint
 from raee_serve.errors import RaeeError
 from raee_serve.fingerprint import identify_backbone
@@ -181,14 +181,6 @@ def check_table(args: argparse.Namespace) -> None:
         raise RaeeError(f"{args.table} has no tasks {sorted(missing)}; it has {sorted(known)}")
 
 
-def build_table(args: argparse.Namespace, target: str) -> None:
-    """Of all tasks, by the command a user would type."""
-    tasks = [part for task in (*args.tasks, *args.summary_tasks) for part in ("--task", task)]
-    command = ["build", "--model", args.model, *tasks, "--table", target]
-    if run_command([*command, "--data", args.data, "--limit", str(args.table_rows)]):
-        raise SystemExit(1)
-
-
 def measure(args: argparse.Namespace, workdir: Path) -> tuple[dict[str, Any], list[Run]]:
     with ExitStack() as stack:
         comparison = Comparison(args, stack, workdir)
@@ -282,7 +274,8 @@ def main() -> None:
             check_table(args)
         else:
             args.table = str(Path(workdir) / "table")
-            build_table(args, args.table)
+            tasks = [*args.tasks, *args.summary_tasks]
+            build_table(args.model, tasks, args.table, args.table_rows, args.data)
         result, runs = measure(args, Path(workdir))
     if args.out:
         write(result, runs, args.out)

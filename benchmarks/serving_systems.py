@@ -4,15 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
-
+from raee_serve.evaluation.metrics_page import page, samples
 from raee_serve.evaluation.server_process import running_process
 
 SERVE_FLAGS = ("--enforce-eager", "--no-enable-prefix-caching", "--max-model-len", "2048")
@@ -55,20 +53,18 @@ class ServedSystem:
 
     def decided(self) -> Decided:
         """From its metrics, so while it is awake; nothing for vanilla vLLM."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
-            return decided_in(answer.read().decode())
+        return decided_in(page(self.url))
 
 
 def decided_in(metrics: str) -> Decided:
     """What a server's `/metrics` say it has decided."""
     prompts, layers, reasons = 0, 0.0, Counter[str]()
-    for family in text_string_to_metric_families(metrics):
-        for sample in family.samples:
-            if sample.name == "raee_exit_layer_sum":
-                layers += sample.value
-            elif sample.name == "raee_decisions_total":
-                prompts += int(sample.value)
-                reasons[sample.labels["reason"]] += int(sample.value)
+    for sample in samples(metrics):
+        if sample.name == "raee_exit_layer_sum":
+            layers += sample.value
+        elif sample.name == "raee_decisions_total":
+            prompts += int(sample.value)
+            reasons[sample.labels["reason"]] += int(sample.value)
     return Decided(prompts, layers, reasons)
 
 

@@ -17,7 +17,6 @@ import random
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import machine
-from raee_serve.cli import main as run_command
+from benchmarks.tables import build_table
+from raee_serve.evaluation.metrics_page import total
 from raee_serve.evaluation.run import PATIENT_TIMEOUT_MS
 from raee_serve.evaluation.server_process import running_process
 from raee_serve.table.datasets import load_examples
@@ -186,19 +186,9 @@ def still_held(url: str, ask_once: Any, timeout_s: float = 60.0) -> dict[str, fl
     while True:
         ask_once()
         time.sleep(0.5)
-        held = gauges(url)
+        held = {name: total(url, name) for name in GAUGES}
         if not any(held.values()) or time.monotonic() > deadline:
             return held
-
-
-def gauges(url: str) -> dict[str, float]:
-    page = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
-    found = dict.fromkeys(GAUGES, 0.0)
-    for line in page.splitlines():
-        name = line.partition("{")[0]
-        if name in found:
-            found[name] += float(line.split()[-1])
-    return found
 
 
 class MemoryWatch:
@@ -293,25 +283,18 @@ def main() -> None:
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         table = f"{scratch}/table"
-        command = ["build", "--model", args.model, "--task", TASK, "--table", table]
-        if run_command([*command, "--limit", "24"]):
-            raise SystemExit(1)
+        build_table(args.model, [TASK], table, limit=24)
         flags = ["--table", table, "--max-model-len", "1024", "--dtype", "float32"]
         flags += ["--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
         serve = [sys.executable, "-m", "raee_serve.cli", "serve", args.model, *flags]
         with running_process(serve, log=args.log) as (url, process):
-            result = asyncio.run(run(url, process.pid, args, layers(url)))
+            num_layers = int(total(url, "raee_num_layers"))
+            result = asyncio.run(run(url, process.pid, args, num_layers))
     result = {"connections": args.connections, "model": args.model, **result}
     print("\n".join(f"{name}: {value}" for name, value in result.items()))
     if args.json:
         print(json.dumps({**result, "machine": machine(), "is_sound": is_sound(result)}))
     raise SystemExit(0 if is_sound(result) else 1)
-
-
-def layers(url: str) -> int:
-    """Of the backbone that is served."""
-    page = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
-    return int(float(page.partition("\nraee_num_layers ")[2].split()[0]))
 
 
 if __name__ == "__main__":

@@ -8,21 +8,19 @@ not counted.
 - full_depth_ratio: this at full depth / vanilla (throughput).
 - speedup: this at depth d, or with mixed depths, / vanilla.
 - efficiency: this at depth d / vanilla on the checkpoint cut to d layers.
-- mixed_efficiency: ideal time / measured time of a batch of mixed depths. With depths
-  d1 < .. < dm and n_i requests at d_i or deeper, the ideal is T(d1, n1) + sum over i > 1 of
-  T(d_i, n_i) - T(d_{i-1}, n_i), where T(d, n) is vanilla's time on the cut checkpoint.
+- mixed_efficiency: ideal time / measured time of a batch of mixed depths; the ideal is that of
+  `depths.ideal_parts`.
 """
 
 import argparse
 import json
-import random
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import add_model_arguments
+from benchmarks.depths import DEPTHS, MIXES, depth_named, ideal_parts, mixes
 from benchmarks.machine import machine
 from benchmarks.statistics import Ratio, paired_ratio
 from benchmarks.systems import Job, System, run_side_by_side
@@ -31,13 +29,6 @@ from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cut import cut_checkpoint
 from raee_serve.engine.settings import engine_options
 from raee_serve.fingerprint import identify_backbone
-
-MIXES = ("six-depths", "half-shallow")
-"""Uniform random over six depths; half at a third of the layers, half at full depth."""
-
-DEPTHS = {"third": 1 / 3, "half": 1 / 2, "two-thirds": 2 / 3, "full": 1.0}
-"""Names of uniform depths, as shares of the layers."""
-
 
 Jobs = dict[str, list[tuple[System, Job]]]
 """What runs side by side: the jobs of each name, and whose they are."""
@@ -130,8 +121,7 @@ def mixed(
     comparison: Comparison, workload: Workload, exits: list[int], pairs: int
 ) -> dict[str, Ratio]:
     """Speed-up over vanilla, and efficiency against the ideal, of one batch of mixed depths."""
-    depths = sorted(set(exits))
-    alive = {d: sum(e >= d for e in exits) for d in depths}
+    added, taken_away = ideal_parts(exits)
 
     def vanilla(depth: int, num_requests: int) -> tuple[System, Job]:
         part = Workload(workload.name, num_requests, workload.prompt_len, workload.output_len)
@@ -140,8 +130,8 @@ def mixed(
     def groups() -> Iterable[Jobs]:
         yield {
             "ours": [comparison.part(comparison.ours, workload, exits)],
-            "added": [vanilla(d, alive[d]) for d in depths],
-            "taken away": [vanilla(d, alive[deeper]) for d, deeper in pairwise(depths)],
+            "added": [vanilla(*part) for part in added],
+            "taken away": [vanilla(*part) for part in taken_away],
             "vanilla": [vanilla(comparison.num_layers, len(exits))],
         }
 
@@ -151,15 +141,6 @@ def mixed(
         "speedup": paired_ratio(times["vanilla"], times["ours"]),
         "efficiency": paired_ratio(ideal, times["ours"]),
     }
-
-
-def mixes(num_layers: int, num_requests: int) -> dict[str, list[int]]:
-    """Exit layers of each mix; seeded, the same in every run."""
-    six = [max(1, round(num_layers * i / 6)) for i in range(1, 7)]
-    rng = random.Random(0)
-    shallow = max(1, round(num_layers / 3))
-    half = [shallow, num_layers] * (num_requests // 2)
-    return dict(zip(MIXES, ([rng.choice(six) for _ in range(num_requests)], half), strict=True))
 
 
 def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
@@ -190,15 +171,6 @@ def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
     finally:
         comparison.close()
     return result
-
-
-def depth_named(name: str, num_layers: int) -> int:
-    """A number of layers, or one of DEPTHS. Raises `ValueError` for others."""
-    if name in DEPTHS:
-        return round(DEPTHS[name] * num_layers)
-    if name.isdecimal() and 1 <= int(name) <= num_layers:
-        return int(name)
-    raise ValueError(f"depth {name!r}; allowed: 1..{num_layers}, {', '.join(DEPTHS)}")
 
 
 def add_uniform(

@@ -142,5 +142,18 @@ def find_shortcuts(uri: str | None, given: str | None) -> Path | None:
     return beside if beside is not None and beside.is_file() else None
 
 
+def stored_shortcuts(
+    uri: str | None, given: str | None, backbone: BackboneIdentity
+) -> Shortcuts | None:
+    """What `find_shortcuts` finds, if anything. Raises TableError for a file that is of no use, a
+    BindingError for another backbone's."""
+    path = find_shortcuts(uri, given)
+    if path is None:
+        return None
+    shortcuts = Shortcuts.load(path)
+    shortcuts.check_backbone(backbone, str(path))
+    return shortcuts
+
+
 def _read(file: safe_open, layer: int) -> Shortcut:
     return Shortcut(file.get_tensor(f"{layer}.weight"), file.get_tensor(f"{layer}.bias"))

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.heads import VOTE_K, HeadName
+
+if TYPE_CHECKING:
+    from raee_serve.table.schema import RuleChoice
 
 Array = NDArray[np.float64]
 
@@ -60,11 +64,14 @@ class Rule:
 
 def rule_named(name: str) -> Rule:
     """Raises RaeeError for an unknown one."""
-    if name == QUALITY:
-        return QUALITY_RULE
-    if name not in RULES:
-        raise RaeeError(f"unknown rule {name!r}; known rules: {', '.join(RULE_NAMES)}")
-    return RULES[name]
+    if name not in EVERY_RULE:
+        raise RaeeError(f"unknown rule {name!r}; known rules: {', '.join(EVERY_RULE)}")
+    return EVERY_RULE[name]
+
+
+def share_of(choice: RuleChoice) -> float:
+    """What the chosen rule takes for its fraction, which `quality` has a setting of its own for."""
+    return choice.quality if choice.rule == QUALITY else choice.fraction
 
 
 def decide(
@@ -164,4 +171,5 @@ QUALITY = "quality"
 QUALITY_RULE = Rule((), 24, share_of_full, earliest_keeping)
 """Of free text alone, with the wanted quality in the place of the fraction. Asked of label words it
 leaves them their own rule."""
-RULE_NAMES = (*RULES, QUALITY)
+EVERY_RULE = {**RULES, QUALITY: QUALITY_RULE}
+RULE_NAMES = tuple(EVERY_RULE)

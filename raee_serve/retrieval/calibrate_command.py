@@ -24,7 +24,7 @@ from raee_serve.retrieval.leave_one_out import (
     Outcome,
     frontier,
 )
-from raee_serve.table.evidence import evidence_of, free_text_quality
+from raee_serve.retrieval.left_out import left_out
 from raee_serve.table.schema import RuleChoice, TaskEntry
 from raee_serve.table.store import ExitTable
 
@@ -170,12 +170,7 @@ def _rows(table: ExitTable, name: str) -> LeaveOneOut | FreeTextLeaveOneOut:
     rows, entry = table.rows(name), table.metadata.tasks[name]
     if len(rows) < 2:
         raise TaskError(f"task {name} has {len(rows)} rows in {table.uri}; at least 2 are needed")
-    if entry.kind == "free-text":
-        num_layers = table.metadata.backbone.num_layers
-        own = (evidence_of(rows, entry, num_layers), free_text_quality(rows, entry, num_layers))
-        return FreeTextLeaveOneOut(rows.vectors, *own)
-    assert rows.golds is not None and rows.label_logprobs is not None
-    return LeaveOneOut(rows.vectors, rows.golds, rows.label_logprobs)
+    return left_out(rows, entry, table.metadata.backbone.num_layers)
 
 
 def _draw(

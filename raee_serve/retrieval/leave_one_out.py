@@ -11,13 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from raee_serve.retrieval.aggregate import (
-    NO_EVIDENCE,
-    QUALITY_RULE,
-    RULES,
-    exits,
-    rule_named,
-)
+from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, exits, rule_named, share_of
 from raee_serve.retrieval.heads import (
     BLOCK,
     VOTE_K,
@@ -169,11 +163,10 @@ def row_exits(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[n] layers (full depth without evidence), [n] heads; block by block to bound memory."""
     rule, layers, heads = rule_named(choice.rule), [], []
-    share = choice.quality if rule is QUALITY_RULE else choice.fraction
     for start in range(0, len(nearest), BLOCK):
         near = nearest[start : start + BLOCK, : choice.k]
         distances = 1 - similarities[start : start + BLOCK, : choice.k]
-        layer, head = exits(rule, evidence[near], distances, fraction=share)
+        layer, head = exits(rule, evidence[near], distances, fraction=share_of(choice))
         layers.append(np.where(layer == NO_EVIDENCE, evidence.shape[2], layer))
         heads.append(head)
     return np.concatenate(layers), np.concatenate(heads)

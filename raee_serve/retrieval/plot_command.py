@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError, TableError
 from raee_serve.retrieval.drawing import pyplot
-from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.heads import calibrated
-from raee_serve.retrieval.leave_one_out import LeaveOneOut
-from raee_serve.retrieval.task_index import default_choice
-from raee_serve.table.evidence import evidence_of, free_text_quality, label_evidence
+from raee_serve.retrieval.left_out import left_out
+from raee_serve.retrieval.task_index import choice_of
+from raee_serve.table.evidence import evidence_of, label_evidence
 from raee_serve.table.schema import RuleChoice, TaskRows
 from raee_serve.table.store import ExitTable
 
@@ -107,16 +106,13 @@ def draw(plt: Any, title: str, pictures: Sequence[TaskPicture], target: Path) ->
 
 def _picture(table: ExitTable, name: str, rows: TaskRows) -> TaskPicture:
     entry, num_layers = table.metadata.tasks[name], table.metadata.backbone.num_layers
-    choice = table.metadata.choices.get(name) or default_choice(entry)
+    choice = choice_of(table.metadata, entry)
     evidence = evidence_of(rows, entry, num_layers)
+    exits = left_out(rows, entry, num_layers).layers(choice)
     right_calibrated = None
     if rows.golds is not None and rows.label_logprobs is not None:
-        exits = LeaveOneOut(rows.vectors, rows.golds, rows.label_logprobs).layers(choice)
         scores = rows.label_logprobs - calibrated(rows.label_logprobs).bias
         right_calibrated = (label_evidence(scores, rows.golds) > 0).mean(axis=0)
-    else:
-        quality = free_text_quality(rows, entry, num_layers)
-        exits = FreeTextLeaveOneOut(rows.vectors, evidence, quality).layers(choice)
     best = evidence.argmax(axis=1)[evidence.any(axis=1)] + 1
     return TaskPicture(
         name,

@@ -21,6 +21,7 @@ from raee_serve.retrieval.aggregate import (
     decide,
     exit_scores,
     rule_named,
+    share_of,
 )
 from raee_serve.retrieval.cost import LookupCost
 from raee_serve.retrieval.encoder import Encoder
@@ -266,13 +267,11 @@ class ExitRetriever:
             )
         if self._is_far(owner, lookup.candidates, found):
             return ExitDecision.full(self.num_layers, Reason.FAR, **about)
-        by_quality = rule is QUALITY_RULE
-        share = choice.quality if by_quality else choice.fraction
-        chosen = decide(rule, evidence, distances, fraction=share)
+        chosen = decide(rule, evidence, distances, fraction=share_of(choice))
         if chosen is None:
             return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **about)
         head, layer = heads[chosen[1]], skipped + chosen[0]
-        if by_quality:
+        if rule is QUALITY_RULE:
             return ExitDecision(
                 layer, self.num_layers, Reason.RETRIEVED, **about, exit_head=cast(ExitHead, head)
             )

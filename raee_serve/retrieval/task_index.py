@@ -29,7 +29,7 @@ from raee_serve.retrieval.heads import (
 )
 from raee_serve.retrieval.stacking import stacked
 from raee_serve.table.evidence import evidence_of, free_text_quality, label_evidence
-from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
+from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 
 HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
@@ -205,7 +205,7 @@ def _choice(
     quality: float | None,
 ) -> RuleChoice:
     """What `calibrate` stored, or the default, with what is set for all tasks."""
-    choice = table.metadata.choices.get(entry.name) or default_choice(entry)
+    choice = choice_of(table.metadata, entry)
     return replace(
         choice,
         fraction=choice.fraction if fraction is None else fraction,
@@ -223,8 +223,11 @@ def read_by(rule: Rule, *, biases_labels: bool) -> dict[str, int]:
     return {name: place for place, name in enumerate(HEADS) if name in rule.heads}
 
 
-def default_choice(entry: TaskEntry) -> RuleChoice:
-    """How exits of a task are chosen if nothing else is stored or asked for."""
+def choice_of(metadata: TableMetadata, entry: TaskEntry) -> RuleChoice:
+    """How exits of a task are chosen if nothing else is asked for: as `calibrate` stored it, or by
+    the default."""
+    if entry.name in metadata.choices:
+        return metadata.choices[entry.name]
     rule = DEFAULT_LABEL_RULE if entry.kind == "labels" else DEFAULT_FREE_TEXT_RULE
     return RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
 

@@ -24,7 +24,7 @@ from raee_serve.server.reload import Snapshot, TableReloader
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.settings import DepthSettings
 from raee_serve.server.valves import Valves
-from raee_serve.shortcuts import Shortcuts, find_shortcuts
+from raee_serve.shortcuts import Shortcuts, stored_shortcuts
 from raee_serve.table.store import ExitTable
 
 
@@ -74,14 +74,11 @@ def load_gate(
 
 
 def _shortcuts(settings: DepthSettings, backbone: BackboneIdentity) -> Shortcuts | None:
-    """Those that the engine is going to load. Raises TableError for ones that are of no use."""
-    path = find_shortcuts(settings.table, settings.shortcuts_file)
-    if path is None:
-        return None
-    shortcuts = Shortcuts.load(path)
-    shortcuts.check_backbone(backbone, str(path))
-    layers = ", ".join(map(str, shortcuts.layers))
-    print(f"raee-serve: shortcuts {shortcuts.digest} at layers {layers}", flush=True)
+    """Those that the engine is going to load. Raises as `stored_shortcuts`."""
+    shortcuts = stored_shortcuts(settings.table, settings.shortcuts_file, backbone)
+    if shortcuts is not None:
+        layers = ", ".join(map(str, shortcuts.layers))
+        print(f"raee-serve: shortcuts {shortcuts.digest} at layers {layers}", flush=True)
     return shortcuts
 
 

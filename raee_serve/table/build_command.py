@@ -11,9 +11,9 @@ import torch
 
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.errors import RaeeError, TableError
-from raee_serve.fingerprint import BackboneIdentity, identify_backbone
+from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.shortcuts import Shortcuts, find_shortcuts
+from raee_serve.shortcuts import Shortcuts, stored_shortcuts
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder, finish_task, plan_task
 from raee_serve.table.datasets import Example, add_data_argument, load_examples
 from raee_serve.table.probe import DTYPES, LayerProbe
@@ -99,15 +99,16 @@ def run(args: Namespace) -> None:
     if not args.replace:
         for task, _ in work:
             table.metadata.check_task(task, args.table)
-    maps = _stored_shortcuts(args, backbone)
+    target = target_file(args.table, args.shortcuts_file) if args.shortcuts else None
+    is_new = target is not None and not target.is_file()
+    maps = None if is_new else stored_shortcuts(args.table, args.shortcuts_file, backbone)
     if args.ray:
         _run_over_cluster(args, work, table, str(checkpoint), maps)
         _compact(table)
         return
     probe = LayerProbe(checkpoint, DTYPES[args.dtype], maps)
-    if args.shortcuts and maps is None:
+    if target is not None and maps is None:
         free_text = [(task, rows) for task, rows in work if task.kind == "free-text"]
-        target = target_file(args.table, args.shortcuts_file)
         layers = default_layers(backbone.num_layers)
         probe.shortcuts = fit_and_store(probe, backbone, free_text, layers, DEFAULT_TOKENS, target)
     for task, examples in work:
@@ -122,16 +123,6 @@ def run(args: Namespace) -> None:
         )
         print(builder.build(examples), flush=True)
     _compact(table)
-
-
-def _stored_shortcuts(args: Namespace, backbone: BackboneIdentity) -> Shortcuts | None:
-    """Those beside the table, if any. Raises TableError for ones that are of no use."""
-    path = find_shortcuts(args.table, args.shortcuts_file)
-    if path is None or (args.shortcuts and not path.is_file()):
-        return None
-    shortcuts = Shortcuts.load(path)
-    shortcuts.check_backbone(backbone, str(path))
-    return shortcuts
 
 
 def _compact(table: ExitTable) -> None:

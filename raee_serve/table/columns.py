@@ -92,11 +92,8 @@ def _agreement_and_hits(
         if not pc.any(older).as_py():
             both = _matrix(columns, "agreement", (shape[0], 2 * width))
             return both[:, :width], both[:, width:]
-        position, first_part = (
-            columns.column_names.index("agreement"),
-            pc.list_slice(column, 0, width),
-        )
-        columns = columns.set_column(position, "agreement", first_part)
+        position = columns.column_names.index("agreement")
+        columns = columns.set_column(position, "agreement", pc.list_slice(column, 0, width))
     return _matrix(columns, "agreement", shape), None
 
 

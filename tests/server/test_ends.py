@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from raee_serve.evaluation.metrics_page import total
 from raee_serve.evaluation.server_process import running_process
 from tests.tiny import ENGINE_SIZES, WITH_TOKENIZER, tiny_llama, tokenized
 
@@ -62,18 +63,12 @@ def long_requests(url):
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, url, LONG, stream) for stream in (True, True, False, False)]
         deadline = time.monotonic() + PATIENCE_S
-        while running(url) < len(asked):
+        while total(url, "vllm:num_requests_running") < len(asked):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         outcomes = []
         yield outcomes
         outcomes += [request.result(PATIENCE_S) for request in asked]
-
-
-def running(url):
-    page = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text
-    lines = [line for line in page.splitlines() if line.startswith("vllm:num_requests_running{")]
-    return sum(float(line.split()[-1]) for line in lines)
 
 
 def assert_gone(processes):

@@ -1,9 +1,8 @@
 """At its first layer SmolLM2 repeats itself at once; under the guard the answer is full depth's."""
 
-import urllib.request
-
 import pytest
 
+from raee_serve.evaluation.metrics_page import total
 from raee_serve.server.loops import LoopDetector
 from tests.server.conftest import MODEL
 
@@ -34,9 +33,7 @@ def ask(served, *, stream, **raee):
 
 
 def restarts(served):
-    page = urllib.request.urlopen(f"{served.url}/metrics", timeout=30).read().decode()
-    lines = [line for line in page.splitlines() if line.startswith("raee_guard_restarts_total{")]
-    return sum(float(line.split()[-1]) for line in lines)
+    return total(served.url, "raee_guard_restarts_total")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,6 +6,7 @@ import pytest
 from openai import AsyncOpenAI
 from transformers import AutoTokenizer
 
+from raee_serve.evaluation.metrics_page import page
 from tests.server.asking import LABELS, complete, decisions
 from tests.server.conftest import MODEL, NUM_LAYERS
 
@@ -149,9 +150,7 @@ def test_n_answers_of_one_prompt_have_one_decision(served, shallow):
 
 
 def test_decisions_are_counted_on_vllms_metrics_page(served, shallow):
-    import urllib.request
-
-    page = urllib.request.urlopen(f"{served.url}/metrics", timeout=30).read().decode()
-    assert 'raee_decisions_total{reason="retrieved",task="demo_sentiment"}' in page
-    assert "raee_exit_layer_bucket" in page and "raee_lookup_seconds_sum" in page
-    assert "vllm:prompt_tokens_total" in page
+    told = page(served.url)
+    assert 'raee_decisions_total{reason="retrieved",task="demo_sentiment"}' in told
+    assert "raee_exit_layer_bucket" in told and "raee_lookup_seconds_sum" in told
+    assert "vllm:prompt_tokens_total" in told

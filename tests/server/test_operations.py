@@ -5,6 +5,7 @@ import urllib.request
 
 import pytest
 
+from raee_serve.evaluation.metrics_page import page
 from tests.server.asking import complete, decisions, post
 from tests.server.conftest import MODEL, NUM_LAYERS
 
@@ -104,13 +105,13 @@ def test_off_is_vanilla_for_one_request(served, reviews):
 
 def test_look_ups_are_measured_by_stage(served, reviews):
     complete(served, [f"{reviews[5]} It was"] * 2, raee=NAMED)
-    page = urllib.request.urlopen(f"{served.url}/metrics", timeout=30).read().decode()
+    told = page(served.url)
     for stage in ("wait", "encode", "search", "aggregate"):
-        assert f'raee_lookup_stage_seconds_count{{stage="{stage}"}}' in page
-    assert 'raee_cache_total{result="hit"}' in page
-    assert 'raee_table_rows{task="demo_sentiment"} 24.0' in page
-    assert 'raee_layers_saved_total{task="demo_sentiment"}' in page
-    assert 'raee_exit_layer_bucket{le="30.0",task="demo_sentiment"}' in page
+        assert f'raee_lookup_stage_seconds_count{{stage="{stage}"}}' in told
+    assert 'raee_cache_total{result="hit"}' in told
+    assert 'raee_table_rows{task="demo_sentiment"} 24.0' in told
+    assert 'raee_layers_saved_total{task="demo_sentiment"}' in told
+    assert 'raee_exit_layer_bucket{le="30.0",task="demo_sentiment"}' in told
 
 
 def test_a_seeded_prompt_may_be_longer_than_a_step(served, smollm2):

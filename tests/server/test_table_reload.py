@@ -2,10 +2,10 @@
 
 import shutil
 import threading
-import urllib.request
 
 import pytest
 
+from raee_serve.evaluation.metrics_page import total
 from raee_serve.table.store import ExitTable
 from tests.server.asking import complete, post
 from tests.server.conftest import MODEL, ROWS
@@ -33,11 +33,7 @@ def table(served, built_table):
 
 
 def reloads(served, outcome):
-    page = urllib.request.urlopen(f"{served.url}/metrics", timeout=30).read().decode()
-    for line in page.splitlines():
-        if line.startswith("raee_table_reloads_total") and f'"{outcome}"' in line:
-            return float(line.split()[-1])
-    return 0.0
+    return total(served.url, "raee_table_reloads_total", outcome=outcome)
 
 
 def test_requests_go_on_while_tables_are_swapped(served, table, reviews):

@@ -1,12 +1,12 @@
 """A server behind an API key that runs prompts at both depths and has a least one."""
 
 import time
-import urllib.request
 from types import SimpleNamespace
 
 import pytest
 from openai import APIStatusError, BadRequestError, OpenAI
 
+from raee_serve.evaluation.metrics_page import total
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.server.sampling import agreement
 from tests.server.asking import post
@@ -42,25 +42,18 @@ def ask(guarded, prompt, **raee):
     return [choice.token_ids for choice in answer.choices]
 
 
-def sample(guarded, name):
-    """A sample on /metrics; 0 before it is there."""
-    page = urllib.request.urlopen(f"{guarded.url}/metrics", timeout=30).read().decode()
-    lines = [line.split() for line in page.splitlines() if line.startswith(name)]
-    return float(lines[0][-1]) if lines else 0.0
-
-
 def test_answers_are_compared_with_those_at_full_depth(guarded):
     prompts = ["one two three", "the film was", "Paris is"]
     full = ask(guarded, prompts, exit_layer="full")
-    assert sample(guarded, "raee_reruns_total") == 0  # nothing to compare with
+    assert total(guarded.url, "raee_reruns_total") == 0  # nothing to compare with
     early = ask(guarded, prompts)
     deadline = time.monotonic() + 60
-    while sample(guarded, 'raee_reruns_total{outcome="compared"}') < len(prompts):
+    while total(guarded.url, "raee_reruns_total", outcome="compared") < len(prompts):
         assert time.monotonic() < deadline, "the second runs did not end"
         time.sleep(0.2)
     expected = sum(map(agreement, early, full))
-    assert sample(guarded, "raee_agreement_sum") == pytest.approx(expected)
-    assert sample(guarded, "raee_agreement_count") == len(prompts)
+    assert total(guarded.url, "raee_agreement_sum") == pytest.approx(expected)
+    assert total(guarded.url, "raee_agreement_count") == len(prompts)
 
 
 def test_less_than_the_least_layer_is_refused(guarded):

@@ -16,7 +16,8 @@ from tests.unit.serving import DECISION, Server
 pytestmark = pytest.mark.unit
 
 REQUESTS = int(os.environ.get("RAEE_FUZZ", "300"))
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/raee/preview", "/v1/raee/reload")
+POSTED = ("/v1/completions", "/v1/chat/completions", "/v1/raee/preview", "/v1/raee/reload")
+ROUTES = (*(("POST", path) for path in POSTED), ("GET", "/v1/raee/page"))
 
 texts = st.text(st.characters(codec=None), max_size=20) | st.sampled_from(
     ["film It was", " It was", "\ud800 It was", "\x00", "sst2", "fused", "full", "auto"]
@@ -73,9 +74,11 @@ def server():
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(path=st.sampled_from(PATHS), raw=raw_bodies)
-def test_no_body_is_the_servers_fault(server, path, raw):
-    answer = server.post(path, content=raw, headers={"content-type": "application/json"})
+@given(route=st.sampled_from(ROUTES), raw=raw_bodies)
+def test_no_body_is_the_servers_fault(server, route, raw):
+    method, path = route
+    headers = {"content-type": "application/json"}
+    answer = server.post(path, content=raw, headers=headers, method=method)
     assert answer.status_code < 500, answer.content
     told = answer.content.decode()
     assert "Traceback" not in told and 'File "' not in told

@@ -1,0 +1,34 @@
+"""How often the rows of an exit table exit at each layer, each asked as if it were not there."""
+
+import argparse
+import json
+
+from raee_serve.errors import TaskError
+from raee_serve.retrieval.left_out import left_out
+from raee_serve.retrieval.task_index import choice_of
+from raee_serve.table.store import ExitTable
+
+
+def table_exits(uri: str, task: str) -> list[float]:
+    """[num_layers] share of the task's rows, under the rule that a server would use.
+
+    Raises TableError for an unusable table, TaskError for a task of which it has not two rows.
+    """
+    table = ExitTable.open(uri)
+    entry, num_layers = table.metadata.tasks.get(task), table.metadata.backbone.num_layers
+    if entry is None or table.count(task) < 2:
+        raise TaskError(f"task {task!r} has not two rows in {uri}")
+    layers = left_out(table.rows(task), entry, num_layers).layers(choice_of(table.metadata, entry))
+    return [round(float((layers == d).mean()), 4) for d in range(1, num_layers + 1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", required=True, metavar="DIR")
+    parser.add_argument("--task", required=True)
+    args = parser.parse_args()
+    print(json.dumps(table_exits(args.table, args.task)))
+
+
+if __name__ == "__main__":
+    main()
