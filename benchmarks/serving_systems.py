@@ -73,12 +73,16 @@ def vanilla_server(
     name: str, checkpoint: Path, model: str, dtype: str, log: Path
 ) -> Iterator[ServedSystem]:
     """vLLM without our plug-in. model: the name by which requests ask for it."""
-    # Not `vllm serve`: that command needs a package named vllm, which the CPU build is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(checkpoint), "--served-model-name", model]
-    command += ["--dtype", dtype, *SERVE_FLAGS]
+    command = vanilla_command(checkpoint, model, "--dtype", dtype, *SERVE_FLAGS)
     with started(name, command, VANILLA_ENVIRONMENT, log) as system:
         yield system
+
+
+def vanilla_command(checkpoint: Path, model: str, *flags: str) -> list[str]:
+    """Of vLLM's own server; to be run in VANILLA_ENVIRONMENT."""
+    # Not `vllm serve`: that command needs a package named vllm, which the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return [*command, "--model", str(checkpoint), "--served-model-name", model, *flags]
 
 
 @contextmanager

@@ -8,17 +8,22 @@ the same prompt, whatever else is in the batch. Prompts run at random depths, so
 - left: what the engine says it still holds when all is over: requests, and the share of KV blocks.
 - memory: of each process, from the end of the warm-up (a quarter of the time) on: some samples,
   and the slope of a line through all of them.
+
+With --vanilla all of it is asked of vLLM's own server, where every prompt runs at full depth: what
+its memory does too is not ours to mend.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -29,7 +34,9 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import machine
+from benchmarks.serving_systems import VANILLA_ENVIRONMENT, vanilla_command
 from benchmarks.tables import build_table
+from raee_serve.checkpoints import local_checkpoint
 from raee_serve.evaluation.metrics_page import total
 from raee_serve.evaluation.run import PATIENT_TIMEOUT_MS
 from raee_serve.evaluation.server_process import running_process
@@ -37,6 +44,7 @@ from raee_serve.table.datasets import load_examples
 from raee_serve.table.tasks import get_task
 
 TASK = "demo_sentiment"
+FLAGS = ("--max-model-len", "1024", "--dtype", "float32")
 ANSWER_TIMEOUT_S = 300.0
 LONGEST_STAY_S = 5.0
 """After which a client that leaves early has left."""
@@ -60,38 +68,45 @@ class Case:
     tokens: tuple[int, ...]
 
 
-def request_body(model: str, prompt: str, raee: dict[str, Any]) -> dict[str, Any]:
-    return {
+def request_body(model: str, prompt: str, **raee: Any) -> dict[str, Any]:
+    body = {
         "model": model,
         "prompt": prompt,
         "temperature": 0,
         "ignore_eos": True,
         "return_token_ids": True,
-        "raee": raee,
     }
+    return body | ({"raee": raee} if raee else {})
 
 
 async def find_cases(
-    client: httpx.AsyncClient, model: str, num_layers: int, count: int, rng: random.Random
+    client: httpx.AsyncClient, model: str, num_layers: int | None, count: int, rng: random.Random
 ) -> list[Case]:
     """Prompts with answers that are clear, and different from each other's; one in four by look-up.
 
+    num_layers: None for vanilla vLLM, where there are no look-ups and no depths.
     An answer ends before its first token that is no clear choice.
     """
     texts = [example.text for example in load_examples(get_task(TASK), "train")]
     cases: dict[tuple[int, ...], Case] = {}
     for number, text in enumerate(rng.sample(texts, len(texts))):
-        if number % 4 == 0:
-            case = await _alone(client, request_body(model, f"{text} It was", {"task": TASK}), 1)
+        by_lookup = num_layers is not None and number % 4 == 0
+        if by_lookup:
+            case = await _alone(client, request_body(model, f"{text} It was", task=TASK), 1)
         else:
-            layer = rng.choice([num_layers, rng.randint(1, num_layers)])
-            body = request_body(model, text, {"exit_layer": layer})
+            body = request_body(model, text, **_random_depth(num_layers, rng))
             case = await _alone(client, body | {"max_tokens": MOST_TOKENS}, LEAST_TOKENS)
         if case is not None:
-            cases.setdefault(case.tokens if number % 4 else case.prompt, case)
+            cases.setdefault(case.prompt if by_lookup else case.tokens, case)
         if len(cases) == count:
             return list(cases.values())
     raise SystemExit(f"only {len(cases)} of {len(texts)} prompts have a clear answer")
+
+
+def _random_depth(num_layers: int | None, rng: random.Random) -> dict[str, int]:
+    if num_layers is None:
+        return {}
+    return {"exit_layer": rng.choice([num_layers, rng.randint(1, num_layers)])}
 
 
 async def _alone(client: httpx.AsyncClient, body: dict[str, Any], least: int) -> Case | None:
@@ -231,7 +246,9 @@ class MemoryWatch:
         }
 
 
-async def run(url: str, pid: int, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
+async def run(
+    url: str, pid: int, args: argparse.Namespace, num_layers: int | None
+) -> dict[str, Any]:
     rng = random.Random(args.seed)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
@@ -277,24 +294,40 @@ def main() -> None:
     parser.add_argument("--abort-share", type=float, default=0.3, metavar="P")
     parser.add_argument("--prompts", type=int, default=48, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vanilla", action="store_true", help="vLLM's own server instead")
     parser.add_argument("--log", type=Path, help="keep the server's log here")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args()
     print(machine(), flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        table = f"{scratch}/table"
-        build_table(args.model, [TASK], table, limit=24)
-        flags = ["--table", table, "--max-model-len", "1024", "--dtype", "float32"]
-        flags += ["--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
-        serve = [sys.executable, "-m", "raee_serve.cli", "serve", args.model, *flags]
-        with running_process(serve, log=args.log) as (url, process):
-            num_layers = int(total(url, "raee_num_layers"))
-            result = asyncio.run(run(url, process.pid, args, num_layers))
-    result = {"connections": args.connections, "model": args.model, **result}
+    with tempfile.TemporaryDirectory() as scratch, server(args, f"{scratch}/table") as started:
+        url, process = started
+        num_layers = None if args.vanilla else int(total(url, "raee_num_layers"))
+        result = asyncio.run(run(url, process.pid, args, num_layers))
+    system = "vanilla vLLM" if args.vanilla else "raee-serve"
+    result = {
+        "system": system,
+        "connections": args.connections,
+        "model": args.model,
+        **result,
+    }
     print("\n".join(f"{name}: {value}" for name, value in result.items()))
     if args.json:
         print(json.dumps({**result, "machine": machine(), "is_sound": is_sound(result)}))
     raise SystemExit(0 if is_sound(result) else 1)
+
+
+def server(
+    args: argparse.Namespace, table: str
+) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
+    """URL and process of a server of `args.model`; its exit table is made first."""
+    if args.vanilla:
+        checkpoint = local_checkpoint(args.model)
+        command = vanilla_command(checkpoint, args.model, "--enforce-eager", *FLAGS)
+        return running_process(command, VANILLA_ENVIRONMENT, log=args.log)
+    build_table(args.model, [TASK], table, limit=24)
+    command = [sys.executable, "-m", "raee_serve.cli", "serve", args.model, "--table", table]
+    command += [*FLAGS, "--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
+    return running_process(command, log=args.log)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.server import access, valves
+from raee_serve.server.memory import GIB
 from raee_serve.server.settings import DepthSettings
 
 if TYPE_CHECKING:
+    from raee_serve.fingerprint import BackboneIdentity
     from raee_serve.server.gate import Gate
 
 DESCRIPTION = """Serve MODEL through vLLM's OpenAI server, each prompt at the depth that an exit
@@ -137,8 +139,16 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     serve_args = vllm_server.parse_serve_args(rest)
     vllm_server.with_options(serve_args, options)
     vllm_server.prefer_native_dtype(serve_args)
-    gate = _gate(serve_args, settings, safety, surface)
+    name, backbone = serve_args.model_tag, _backbone(serve_args)
+    gate = _gate(serve_args, backbone, settings, safety, surface)
+    _tell(name, backbone, vllm_server.size_kv_cache(serve_args))
     uvloop.run(vllm_server.serve(serve_args, gate, settings.watch_table))
+
+
+def _tell(name: str, backbone: BackboneIdentity, kv_cache_bytes: int | None) -> None:
+    size = f", KV cache {kv_cache_bytes / GIB:.1f} GiB" if kv_cache_bytes else ""
+    layers = f"{backbone.architecture}, {backbone.num_layers} layers"
+    print(f"raee-serve: backbone {name} ({layers}){size}", flush=True)
 
 
 def _engine_options(args: argparse.Namespace, settings: DepthSettings) -> dict[str, Any]:
@@ -153,33 +163,32 @@ def _engine_options(args: argparse.Namespace, settings: DepthSettings) -> dict[s
         raise RaeeError(f"--kv-segments: {error}") from error
 
 
+def _backbone(serve_args: argparse.Namespace) -> BackboneIdentity:
+    """Resolve MODEL in place, so that what is served is what the table is checked against."""
+    from raee_serve.checkpoints import local_checkpoint
+    from raee_serve.fingerprint import identify_backbone
+
+    name = serve_args.model_tag
+    checkpoint = local_checkpoint(name)
+    serve_args.model = serve_args.model_tag = str(checkpoint)
+    serve_args.served_model_name = serve_args.served_model_name or [name]
+    return identify_backbone(checkpoint)
+
+
 def _gate(
     serve_args: argparse.Namespace,
+    backbone: BackboneIdentity,
     settings: DepthSettings,
     safety: valves.Valves,
     surface: access.Access,
 ) -> Gate:
-    """Resolve MODEL in place, so that what is served is what the table is checked against."""
-    from raee_serve.checkpoints import local_checkpoint
-    from raee_serve.fingerprint import identify_backbone
     from raee_serve.server.loading import load_gate
 
-    name = serve_args.model_tag
-    checkpoint = local_checkpoint(name)
-    backbone = identify_backbone(checkpoint)
-    print(
-        f"raee-serve: backbone {name} ({backbone.architecture}, {backbone.num_layers} layers)",
-        flush=True,
-    )
-    serve_args.model = serve_args.model_tag = str(checkpoint)
-    serve_args.served_model_name = serve_args.served_model_name or [name]
-    tokenizer = Path(serve_args.tokenizer or checkpoint)
-    names = serve_args.served_model_name
     return load_gate(
         settings,
         backbone,
-        tokenizer,
-        names,
+        Path(serve_args.tokenizer or serve_args.model),
+        serve_args.served_model_name,
         safety,
         surface,
         chat_template=serve_args.chat_template,

@@ -8,9 +8,11 @@ import signal
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import AutoConfig
 from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -20,18 +22,25 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.system_utils import decorate_logs
 
+from raee_serve.checkpoints import weight_files
 from raee_serve.errors import RaeeError
 from raee_serve.server.cores import spare_cores
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.gate import Gate
 from raee_serve.server.lookup import LookupBatcher
+from raee_serve.server.memory import Memory, kv_cache_bytes, longest_request_bytes
 from raee_serve.server.middleware import MIDDLEWARE
 from raee_serve.table.probe import default_dtype
 
 PLUGIN = "raee"
 """Name of our `vllm.general_plugins` entry point."""
+KERNELS_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
+MOST_KERNELS = "512"
+"""That oneDNN keeps, half of what it would: one of about half a MB for each projection and number
+of rows that it meets; a step of mixed depths has several. Those of a hundred row counts fit."""
 
 
 class ServeError(RaeeError):
@@ -44,18 +53,26 @@ def prepare_environment() -> None:
     if current_platform.is_cpu():
         # The V2 CPU runner is not supported; vLLM picks V1 only while triton has no CPU back end.
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        if not any(name in os.environ for name in KERNELS_VARIABLES):
+            os.environ[KERNELS_VARIABLES[0]] = MOST_KERNELS
 
 
 def parse_serve_args(rest: Sequence[str]) -> Namespace:
     """`rest` as `vllm serve` parses it (model, flags, --config), checked.
 
+    `kv_cache_is_sized` among them tells whether the user said how large the KV cache is to be.
     Exits as argparse does on a flag that vLLM does not know. Raises ServeError for a missing
     model and for what raee-serve cannot serve with.
     """
     parser = FlexibleArgumentParser(prog="raee-serve")
     subcommand = ServeSubcommand()
-    subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_parser = subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
+    utilization = serve_parser.get_default("gpu_memory_utilization")
+    serve_parser.set_defaults(gpu_memory_utilization=None)  # so that a given one can be told
     args = parser.parse_args(["serve", *rest])
+    args.kv_cache_is_sized = _is_kv_cache_sized(args)
+    if args.gpu_memory_utilization is None:
+        args.gpu_memory_utilization = utilization
     configure_logging_from_args(args)
     subcommand.validate(args)
     if not args.model_tag:
@@ -64,6 +81,12 @@ def parse_serve_args(rest: Sequence[str]) -> Namespace:
     if problems:
         raise ServeError("raee-serve cannot serve with: " + "; ".join(problems))
     return args
+
+
+def _is_kv_cache_sized(args: Namespace) -> bool:
+    """Whether the user said how much memory the KV cache is to take."""
+    given = (args.gpu_memory_utilization, args.kv_cache_memory_bytes)
+    return given != (None, None) or bool(os.environ.get("VLLM_CPU_KVCACHE_SPACE"))
 
 
 def _refusals(args: Namespace) -> list[tuple[bool, str]]:
@@ -122,6 +145,34 @@ def prefer_native_dtype(args: Namespace) -> None:
             "(--dtype overrides)",
             flush=True,
         )
+
+
+def size_kv_cache(args: Namespace) -> int | None:
+    """On a CPU give the KV cache memory that is free, in place; bytes for each worker.
+
+    To be called when table and encoder are loaded. None, with nothing changed, where the user said
+    how much, and on other devices. Raises RaeeError where there is no room for one.
+    """
+    if args.kv_cache_is_sized or not current_platform.is_cpu():
+        return None
+    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    item_bytes = 4 if args.dtype in ("float32", "float") else 2
+    stored_bytes = getattr(config.dtype, "itemsize", 2)
+    length = args.max_model_len or config.max_position_embeddings
+    # With several NUMA nodes as if all workers were on the first: vLLM binds each to one.
+    node = get_memory_node_info(get_visible_memory_node()[0])
+    files = weight_files(Path(args.model))
+    args.kv_cache_memory_bytes = kv_cache_bytes(
+        Memory(
+            total=node.total_memory,
+            available=node.available_memory,
+            weights=sum(file.stat().st_size for file in files) * item_bytes // stored_bytes,
+            longest=longest_request_bytes(config, max(length, 0), item_bytes),
+            engines=args.data_parallel_size_local or args.data_parallel_size,
+            workers=args.tensor_parallel_size,
+        )
+    )
+    return args.kv_cache_memory_bytes
 
 
 async def serve(args: Namespace, gate: Gate, watch_table_s: float | None) -> None:

@@ -34,6 +34,8 @@ IN_PROCESS = {
 }
 """Engine core and worker in the calling process: up in 3 seconds, not 40. The threads of a process
 that goes on to other things are not to be bound to cores."""
+UNIPROCESS: dict[str, Any] = {"distributed_executor_backend": "uni"}
+"""Engine arguments that `IN_PROCESS` needs beside it."""
 
 
 @contextmanager
@@ -49,21 +51,28 @@ def running_engine(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
 def tiny_args(checkpoint: Path) -> dict[str, Any]:
     """Engine arguments for a checkpoint of `tests.tiny`; they need `IN_PROCESS`."""
     return {
+        **UNIPROCESS,
         "kv_cache_memory_bytes": 1 << 27,
-        "distributed_executor_backend": "uni",
         "skip_tokenizer_init": not (checkpoint / "tokenizer.json").exists(),
     }
 
 
 @contextmanager
-def tiny_engine(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
-    """As `running_engine`, for checkpoints of `tests.tiny`."""
+def engine_in_process(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
+    """As `running_engine`, in this process and so up sooner; one at a time."""
     with patch.dict(os.environ, IN_PROCESS):
         try:
-            with running_engine(checkpoint, **{**tiny_args(checkpoint), **changes}) as llm:
+            with running_engine(checkpoint, **{**UNIPROCESS, **changes}) as llm:
                 yield llm
         finally:
             cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def tiny_engine(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
+    """As `engine_in_process`, for checkpoints of `tests.tiny`."""
+    with engine_in_process(checkpoint, **{**tiny_args(checkpoint), **changes}) as llm:
+        yield llm
 
 
 def generate_at(
@@ -110,26 +119,32 @@ def outcome(output: RequestOutput) -> dict[str, Any]:
 
 
 def run_vanilla(
-    checkpoint: Path, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]], **changes: Any
-) -> list[dict[str, Any]]:
-    """Outcomes from vanilla vLLM, in a process of its own that does not load our plug-in."""
+    checkpoints: Sequence[Path],
+    prompts: Sequence[list[int]],
+    fields: Sequence[dict[str, Any]],
+    **changes: Any,
+) -> list[list[dict[str, Any]]]:
+    """By checkpoint, outcomes from vanilla vLLM, one after the other.
+
+    In a process of its own that does not load our plug-in.
+    """
+    engine = {"enforce_eager": True, **ENGINE_ARGS, **UNIPROCESS, **changes}
     job = {
-        "engine": {"model": str(checkpoint), "enforce_eager": True, **ENGINE_ARGS, **changes},
+        "engines": [{"model": str(checkpoint), **engine} for checkpoint in checkpoints],
         "prompts": list(prompts),
         "fields": list(fields),
     }
-    environment = IN_PROCESS if changes.get("distributed_executor_backend") == "uni" else {}
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.engines"],
         input=json.dumps(job),
         capture_output=True,
         text=True,
-        env={**os.environ, "VLLM_PLUGINS": "", **environment},
+        env={**os.environ, "VLLM_PLUGINS": "", **IN_PROCESS},
         check=False,
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert results, f"vanilla vLLM gave no result:\n{done.stderr[-4000:]}"
-    return json.loads(results[0].removeprefix("RESULT"))
+    assert len(results) == len(checkpoints), f"vanilla vLLM did not end:\n{done.stderr[-4000:]}"
+    return [json.loads(line.removeprefix("RESULT")) for line in results]
 
 
 def _logprobs(positions: Any) -> list[dict[str, float]] | None:
@@ -140,11 +155,14 @@ def _logprobs(positions: Any) -> list[dict[str, float]] | None:
 
 def _vanilla_child() -> None:
     job = json.load(sys.stdin)
-    llm = LLM(**job["engine"])
     inputs = [{"prompt_token_ids": p} for p in job["prompts"]]
     params = [sampling_params(fields) for fields in job["fields"]]
-    outputs = llm.generate(inputs, params, use_tqdm=False)
-    print("RESULT" + json.dumps([outcome(o) for o in outputs]))
+    for args in job["engines"]:
+        llm = LLM(**args)
+        outputs = llm.generate(inputs, params, use_tqdm=False)
+        print("RESULT" + json.dumps([outcome(o) for o in outputs]))
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tests.engine.engines import generate_at, tiny_engine
 from tests.engine.reference import mixed_mismatches
 from tests.engine.traffic import random_requests, serve, wrong_tokens
 from tests.engine.workload import mixed_requests
+from tests.kept import grown, kept
 from tests.tiny import ENGINE_SIZES, saved, tiny_llama
 
 pytestmark = pytest.mark.engine
@@ -40,9 +41,13 @@ def preemptions(llm):
 
 def test_no_wrong_token_and_no_lost_block_in_a_small_pool(checkpoint):
     rng = random.Random(9)
-    requests = random_requests(rng, NUM_REQUESTS, NUM_LAYERS, OUTPUT_LENS)
+    requests, half = random_requests(rng, NUM_REQUESTS, NUM_LAYERS, OUTPUT_LENS), NUM_REQUESTS // 2
     with tiny_engine(checkpoint, **CRAMPED, disable_log_stats=False) as llm:
-        serve(llm.llm_engine, requests, rng)
+        serve(llm.llm_engine, requests[:half], rng)
+        before = kept()
+        serve(llm.llm_engine, requests[half:], rng)
+        assert grown(before, by=half / 10) == {}
+        assert before["raee_serve.engine.kv_cache.SegmentManager"]
         manager = scheduler_of(llm).kv_cache_manager
         assert preemptions(llm) > 0
         assert manager.usage == 0 and not manager._exit_layers

@@ -35,5 +35,5 @@ def test_full_depth_equals_vanilla(served):
     ours = generate_at(served.llm, prompts, full_depth, max_tokens=MAX_TOKENS)
 
     greedy = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
-    vanilla = run_vanilla(served.checkpoint, prompts, [greedy] * NUM_COMPARED)
+    (vanilla,) = run_vanilla([served.checkpoint], prompts, [greedy] * NUM_COMPARED)
     assert ours == [v["completions"][0]["token_ids"] for v in vanilla]

@@ -84,20 +84,22 @@ def ours(checkpoint, prompts, fields):
     return found
 
 
-@pytest.fixture(scope="module", params=DEPTHS)
-def at_depth(request, checkpoint, prompts, fields, ours, tmp_path_factory):
-    """(ours, vanilla on the cut checkpoint): outcomes by case, at one depth."""
-    cut = cut_checkpoint(checkpoint, request.param, tmp_path_factory.mktemp("cut") / "model")
-    args = {**tiny_args(cut), "max_num_batched_tokens": sum(map(len, prompts)) * 2}
-    vanilla = run_vanilla(cut, prompts, fields, **args)
-    return ours[request.param], dict(zip(CASES, vanilla, strict=True))
+@pytest.fixture(scope="module")
+def vanilla(checkpoint, prompts, fields, tmp_path_factory):
+    """Outcomes by depth and case of vanilla vLLM on the cut checkpoints."""
+    scratch = tmp_path_factory.mktemp("cut")
+    cuts = [cut_checkpoint(checkpoint, depth, scratch / str(depth)) for depth in DEPTHS]
+    args = {**tiny_args(cuts[0]), "max_num_batched_tokens": sum(map(len, prompts)) * 2}
+    found = zip(DEPTHS, run_vanilla(cuts, prompts, fields, **args), strict=True)
+    return {depth: dict(zip(CASES, outcomes, strict=True)) for depth, outcomes in found}
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("case", CASES)
-def test_feature_equals_the_cut_checkpoint(case, at_depth):
-    ours, vanilla = (outcomes[case] for outcomes in at_depth)
-    assert without_logprobs(ours) == without_logprobs(vanilla)
-    for own, reference in zip(logprobs(ours), logprobs(vanilla), strict=True):
+def test_feature_equals_the_cut_checkpoint(case, depth, ours, vanilla):
+    found, expected = ours[depth][case], vanilla[depth][case]
+    assert without_logprobs(found) == without_logprobs(expected)
+    for own, reference in zip(logprobs(found), logprobs(expected), strict=True):
         assert own == pytest.approx(reference, abs=1e-3)
 
 

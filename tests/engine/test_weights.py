@@ -84,6 +84,6 @@ def test_int8_equals_the_cut_int8_checkpoint(tmp_path, requests):
     at_depth = [i for i, d in enumerate(depths) if d == depth]
     greedy = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     fields = [{**greedy, "detokenize": False}] * len(at_depth)
-    vanilla = run_vanilla(cut, [prompts[i] for i in at_depth], fields, **tiny_args(cut))
+    (vanilla,) = run_vanilla([cut], [prompts[i] for i in at_depth], fields, **tiny_args(cut))
     expected = [v["completions"][0]["token_ids"] for v in vanilla]
     assert [tokens[i] for i in at_depth] == expected

@@ -43,9 +43,8 @@ def test_what_cannot_be_evaluated_is_one_line(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_server_that_does_not_start_shows_the_end_of_its_log(capsys, tmp_path):
-    table = str(tmp_path / "none")
-    command = ["eval", "--model", MODEL, "--table", table, "--task", "demo_sentiment"]
-    assert main(command) == 1
+def test_a_server_that_does_not_start_shows_the_end_of_its_log(capsys):
+    command = ["eval", "--model", MODEL, "--table", "t", "--task", "demo_sentiment"]
+    assert main([*command, "--watch-table", "0"]) == 1
     told = capsys.readouterr().err
-    assert "ended with exit code 1" in told and table in told
+    assert "ended with exit code 1" in told and "--watch-table is 0" in told

@@ -17,7 +17,7 @@ def test_nothing_is_lost_crossed_or_kept(served):
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=served.url, limits=limits, timeout=None) as client:
             cases = await find_cases(client, MODEL, NUM_LAYERS, 10, random.Random(0))
-            outcomes = await soak(client, cases, connections=64, seconds=15, abort_share=0.3)
+            outcomes = await soak(client, cases, connections=64, seconds=10, abort_share=0.3)
             return cases, outcomes
 
     cases, outcomes = asyncio.run(run())

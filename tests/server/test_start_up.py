@@ -121,6 +121,22 @@ def test_another_encoder_names_both_sides(refused, built_table, minilm, tmp_path
     assert "minilm" in message and str(other) in message
 
 
+def test_the_kv_cache_is_sized_and_its_size_told(monkeypatch, smollm2, capsys):
+    started = {}
+
+    async def serve(args, gate, watch_table_s):
+        started.update(args=args)
+
+    monkeypatch.setattr(vllm_server, "serve", serve)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert main(["serve", MODEL, "--exit-layer", "full"]) == 0
+    size = started["args"].kv_cache_memory_bytes / (1 << 30)
+    assert f"(LlamaForCausalLM, 30 layers), KV cache {size:.1f} GiB" in capsys.readouterr().out
+    assert main(["serve", MODEL, "--exit-layer", "full", "--gpu-memory-utilization", "0.4"]) == 0
+    assert started["args"].kv_cache_memory_bytes is None
+    assert "(LlamaForCausalLM, 30 layers)\n" in capsys.readouterr().out
+
+
 def test_the_kill_switch_starts_vllms_own_engine_without_the_table(monkeypatch, smollm2, capsys):
     started = {}
 

@@ -1,6 +1,7 @@
 """Which part may import what, read from the source (docs/architecture.md)."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "raee_serve"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
 def imports(file: Path) -> set[str]:
     """Full names of all modules a file imports, wherever in the file it does."""
     found = set()

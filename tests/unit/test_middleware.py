@@ -10,6 +10,7 @@ from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, exit_args
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.depths import PromptDepth, RequestDepths
 from raee_serve.server.engine_client import at_depth
+from tests.kept import grown, kept
 from tests.unit.serving import ALLOWED, DECISION, NUM_LAYERS, Server
 
 pytestmark = pytest.mark.unit
@@ -180,3 +181,20 @@ def test_a_clients_own_bias_is_kept():
 def test_the_rest_of_the_engine_is_the_engines():
     server = Server()
     assert server.app.state.engine_client.vllm_config == "the engine's own"
+
+
+def test_nothing_is_kept_of_a_request_that_is_over():
+    server, rounds = Server(sample_full=1), 20
+
+    def ask():
+        for _ in range(rounds):
+            told = server.post(prompt=["a It was", "b"], raee={"explain": True}, **ALLOWED)
+            server.post(prompt="c", stream=True, raee={"exit_layer": 2, "loop_guard": True})
+            refused = server.post(prompt="d", raee={"k": 0})
+            assert (told.status_code, refused.status_code) == (200, 400)
+
+    ask()
+    before = kept()
+    ask()
+    assert grown(before, by=rounds) == {}
+    assert before["raee_serve.server.gate.Gate"]

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import random
 from collections import Counter
 
 import httpx
 import pytest
 
-from benchmarks.soak import Case, is_sound, soak
+from benchmarks.soak import Case, find_cases, is_sound, soak
 
 pytestmark = pytest.mark.unit
 
@@ -78,3 +79,31 @@ SOUND = {
 )
 def test_what_is_not_sound(wrong):
     assert is_sound(SOUND) and not is_sound(SOUND | wrong)
+
+
+@pytest.mark.parametrize("num_layers", [None, 30])
+def test_vanilla_is_asked_for_neither_depth_nor_look_up(num_layers):
+    asked = []
+
+    def handle(request):
+        body = json.loads(request.content)
+        asked.append(body)
+        tokens = [len(asked), 1, 2]
+        clear = {"top_logprobs": [{"a": -0.1, "b": -4.0}] * len(tokens)}
+        choice = {"prompt_token_ids": [7], "token_ids": tokens, "logprobs": clear}
+        return httpx.Response(200, json={"choices": [choice]})
+
+    async def run():
+        transport = httpx.MockTransport(handle)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await find_cases(client, "m", num_layers, 6, random.Random(0))
+
+    assert len(asyncio.run(run())) == 6
+    raee = [body.get("raee") for body in asked]
+    if num_layers is None:
+        assert set(raee) == {None} and all("max_tokens" in body for body in asked)
+    else:
+        assert {"task": "demo_sentiment"} in raee
+        assert all(
+            wish == {"task": "demo_sentiment"} or 1 <= wish["exit_layer"] <= 30 for wish in raee
+        )
