@@ -37,10 +37,6 @@ from raee_serve.table.probe import default_dtype
 
 PLUGIN = "raee"
 """Name of our `vllm.general_plugins` entry point."""
-KERNELS_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
-MOST_KERNELS = "512"
-"""That oneDNN keeps, half of what it would: one of about half a MB for each projection and number
-of rows that it meets; a step of mixed depths has several. Those of a hundred row counts fit."""
 
 
 class ServeError(RaeeError):
@@ -53,8 +49,6 @@ def prepare_environment() -> None:
     if current_platform.is_cpu():
         # The V2 CPU runner is not supported; vLLM picks V1 only while triton has no CPU back end.
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-        if not any(name in os.environ for name in KERNELS_VARIABLES):
-            os.environ[KERNELS_VARIABLES[0]] = MOST_KERNELS
 
 
 def parse_serve_args(rest: Sequence[str]) -> Namespace:

@@ -1,7 +1,4 @@
-"""`serve` on a CPU bounds what memory an engine takes, unless the user did."""
-
-import os
-from unittest.mock import patch
+"""`serve` on a CPU chooses the KV cache's size, unless the user did."""
 
 import pytest
 from vllm.utils.cpu_resource_utils import MemoryNodeInfo
@@ -93,21 +90,3 @@ def test_engines_and_ranks_share_it(machine, serve_args):
 
 def test_a_length_to_be_found_is_no_demand(machine, serve_args):
     assert vllm_server.size_kv_cache(serve_args("--max-model-len", "auto")) == 6 * GIB
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, {vllm_server.KERNELS_VARIABLES[0]: vllm_server.MOST_KERNELS}),
-        ({vllm_server.KERNELS_VARIABLES[0]: "7"}, {vllm_server.KERNELS_VARIABLES[0]: "7"}),
-        ({vllm_server.KERNELS_VARIABLES[1]: "7"}, {vllm_server.KERNELS_VARIABLES[1]: "7"}),
-    ],
-)
-@pytest.mark.parametrize("is_cpu", [True, False])
-def test_so_are_the_kernels_that_are_kept(machine, monkeypatch, given, expected, is_cpu):
-    monkeypatch.setattr(vllm_server.current_platform, "is_cpu", lambda: is_cpu)
-    others = {k: v for k, v in os.environ.items() if k not in vllm_server.KERNELS_VARIABLES}
-    with patch.dict(os.environ, others | given, clear=True):
-        vllm_server.prepare_environment()
-        found = {k: os.environ[k] for k in vllm_server.KERNELS_VARIABLES if k in os.environ}
-    assert found == (expected if is_cpu else given)
