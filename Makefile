@@ -12,7 +12,6 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
-PYTEST := $(PY) -m pytest -m "not gpu"
 READY := $(VENV)/.ready
 # What cannot share an environment with vLLM, or need not: .ci/tools.txt.
 TOOLS := $(VENV)/tools
@@ -28,17 +27,8 @@ OSV := https://api.osv.dev
 demo: setup
 	$(PY) -m raee_serve.evaluation.demo
 
-# The unit tests run beside those with servers, in the time that these leave them: servers take long
-# to start and wait for clients. What the unit tests print comes last.
 test: setup $(TOOLS_READY) $(NODE_READY) browser
-	@failed=; \
-	$(PYTEST) tests/engine || failed=1; \
-	nice -n 19 $(PYTEST) tests/unit > $(VENV)/unit.log 2>&1 & unit=$$!; \
-	trap 'kill $$unit 2> /dev/null || true' EXIT; \
-	$(PYTEST) tests/server || failed=1; \
-	wait $$unit || failed=1; \
-	cat $(VENV)/unit.log; \
-	test -z "$$failed"
+	$(PY) -m pytest -m "not gpu"
 
 # A reduced run of the studies in docs/results.md; of the demo task where there are no data sets.
 reproduce: RAEE_DATA ?= ../shared/data

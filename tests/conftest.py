@@ -14,13 +14,6 @@ settings.register_profile("shared machine", deadline=None)  # no test is judged 
 settings.load_profile("shared machine")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cpu_engine_environment() -> None:
-    """All cores for an engine's worker, and the model runner we support."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, converted from its package."""

@@ -1,5 +1,6 @@
 """Engines shared by the tests of one checkpoint; start-up is the dear part."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,13 @@ class ServedModel:
     num_layers: int
     vocab_size: int
     first_token: int
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_engine_environment():
+    """All cores for the worker (nothing else runs), and the model runner we support."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
 
 
 @pytest.fixture(scope="module", params=["smollm2", "gemma3"])
