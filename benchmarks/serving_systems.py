@@ -1,7 +1,5 @@
 """The OpenAI servers that are compared: vanilla vLLM on whole and cut checkpoints, and this."""
 
-import os
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -13,7 +11,12 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from raee_serve.evaluation.server_process import running_process
+from raee_serve.evaluation.server_process import (
+    awake,
+    running_process,
+    standing_still,
+    vanilla_command,
+)
 
 SERVE_FLAGS = ("--enforce-eager", "--no-enable-prefix-caching", "--max-model-len", "2048")
 """The same for every system. Eager is vanilla's best on CPU: compiled runs no faster there."""
@@ -47,11 +50,8 @@ class ServedSystem:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        os.killpg(self.process.pid, signal.SIGCONT)
-        try:
+        with awake(self.process):
             yield
-        finally:
-            os.killpg(self.process.pid, signal.SIGSTOP)
 
     def decided(self) -> Decided:
         """From its metrics, so while it is awake; nothing for vanilla vLLM."""
@@ -77,10 +77,7 @@ def vanilla_server(
     name: str, checkpoint: Path, model: str, dtype: str, log: Path
 ) -> Iterator[ServedSystem]:
     """vLLM without our plug-in. model: the name by which requests ask for it."""
-    # Not `vllm serve`: that command needs a package named vllm, which the CPU build is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(checkpoint), "--served-model-name", model]
-    command += ["--dtype", dtype, *SERVE_FLAGS]
+    command = vanilla_command(checkpoint, model, ["--dtype", dtype, *SERVE_FLAGS])
     with started(name, command, VANILLA_ENVIRONMENT, log) as system:
         yield system
 
@@ -102,9 +99,6 @@ def started(
 ) -> Iterator[ServedSystem]:
     """A server that stands still as soon as it is up. command: takes --host and --port."""
     print(f"starting {name} ...", flush=True)
-    with running_process(command, environment, log=log) as (url, process):
-        os.killpg(process.pid, signal.SIGSTOP)
-        try:
-            yield ServedSystem(name, url, process)
-        finally:
-            os.killpg(process.pid, signal.SIGCONT)  # or it would not hear that it is to end
+    server = running_process(command, environment, log=log)
+    with server as (url, process), standing_still(process):
+        yield ServedSystem(name, url, process)
