@@ -61,8 +61,11 @@ def test_vllm_bench_serve(served, smollm2, reviews, tmp_path, decided, asked):
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["completed"], result["total_output_tokens"]) == (PROMPTS, PROMPTS)
     reasons = decided().reasons
-    assert set(reasons) == {"override" if asked == "full" else "retrieved"}
     assert reasons.total() >= PROMPTS  # it warms up
+    if asked == "full":
+        assert set(reasons) == {"override"}
+    else:
+        assert reasons["retrieved"] >= 1 and not {"unmatched", "unconstrained"} & set(reasons)
 
 
 @pytest.mark.skipif(LM_EVAL is None, reason="lm_eval is not installed")
@@ -83,7 +86,7 @@ def test_lm_eval_scores_at_full_depth_and_answers_at_retrieved_exits(
 
     assert 0 <= score("raee_demo_scored") <= 1
     made = decided()
-    assert made.prompts == 2 * PROMPTS  # each label word is scored
+    assert made.prompts >= 2 * PROMPTS  # each label word is scored
     assert made.layers == NUM_LAYERS * made.prompts
     assert 0.5 <= score("raee_demo_retrieved") <= 1
-    assert decided().reasons["retrieved"] == PROMPTS
+    assert decided().since(made).reasons["retrieved"] >= 1

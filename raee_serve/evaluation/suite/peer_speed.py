@@ -59,8 +59,6 @@ Biases = Mapping[str, NDArray[np.float64]]
 Prompts = Mapping[Task, Sequence[str]]
 Timings = Mapping[str, Timed]
 """By task."""
-
-
 Settings = Callable[[Task], Mapping[str, Any]]
 
 
