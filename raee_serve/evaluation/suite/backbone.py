@@ -49,7 +49,7 @@ class StudiedBackbone(LayerProbe):
         """While open, these layers (1-based) are not there."""
         whole, num_layers, config = self._decoder.layers, self.num_layers, self._decoder.config
         kept = [i for i in range(num_layers) if i + 1 not in set(layers)]
-        changed = {"num_hidden_layers": len(kept)}
+        changed: dict[str, Any] = {"num_hidden_layers": len(kept)}
         if kinds := getattr(config, "layer_types", None):  # which the decoder goes by
             changed["layer_types"] = [kinds[i] for i in kept]
         configured = {name: getattr(config, name) for name in changed}

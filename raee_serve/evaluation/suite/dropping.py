@@ -27,7 +27,8 @@ class LayerDropping:
         """Raises TaskError as `Material.texts`."""
         self._material = material
         self._backbone = StudiedBackbone(material.checkpoint)
-        self._rows, self._prompts = {}, {}
+        self._rows: dict[str, list[list[int]]] = {}
+        self._prompts: dict[str, list[list[int]]] = {}
         for task in material.tasks:
             texts = material.texts(task, material.some_rows(task, ROWS))
             self._rows[task.name] = self._token_ids(task, texts)
@@ -51,7 +52,8 @@ class LayerDropping:
         """By task what is answered with n layers left out, calibrated on the table's rows, and the
         bias, [num_labels], by which it is."""
         share = 1 - n / self._backbone.num_layers
-        ways, biases = {}, {}
+        ways: dict[str, Answers] = {}
+        biases: dict[str, Array] = {}
         with self._backbone.without(self.dropped(n)):
             for task in self._material.tasks:
                 name = task.name

@@ -44,8 +44,6 @@ REPORTED: dict[str, dict[str, float]] = {
 }
 """Percent, arXiv 2405.15198; other prompts' wording, all of each test set. Its mean of the eight is
 57.39, Llama-3-8B's at full depth 41.80."""
-
-
 BUDGETS = (0.98, 0.95, 0.9)
 """Shares of full depth's quality that retrieved exits of summaries are to keep."""
 REPORTED_ROUGE_L = "paper: RAEE, summaries"
@@ -141,7 +139,7 @@ def _summarised(
     ways = [Way(system, row.raee, settings) for row in asked]
     full, *_ = timed = in_turns(ways, documents.texts)
     rows: list[Row] = []
-    notes = []
+    notes: list[str] = []
     theirs = documents.rouge_l(full)
     for row, own in zip(asked, timed, strict=True):
         depth = round(float(np.mean([part.depth for part in own.values()])), 4)
@@ -155,7 +153,9 @@ def _summarised(
         ]
     paper = {task.name: published(task.name) for task in material.summaries}
     reported = {task: value for task, value in paper.items() if value is not None}
-    return [*rows, *([{"way": REPORTED_ROUGE_L, **reported}] if reported else [])], notes
+    if reported:
+        rows.append({"way": REPORTED_ROUGE_L, **reported})
+    return rows, notes
 
 
 def _reported(material: Material) -> list[Row]:

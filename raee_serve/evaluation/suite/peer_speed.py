@@ -172,7 +172,7 @@ class _Study:
         )
 
     def _biases_at(self, layer: int) -> Biases:
-        biases = {}
+        biases: dict[str, NDArray[np.float64]] = {}
         for task in self._material.tasks:
             logprobs = self._material.rows(task).label_logprobs
             assert logprobs is not None
@@ -203,10 +203,10 @@ class _Study:
 
         def line(kind: str, names: Sequence[str], quality: Row) -> Row:
             speeds = speed({n: own[n] for n in names}, {n: theirs[n] for n in names})
-            setting = "" if layers is None else layers
+            setting: str | int = "" if layers is None else layers
             return {"way": name, "setting": setting, "prompts": kind, **quality, **speeds}
 
-        rows = []
+        rows: list[Row] = []
         labels = {
             task.name: Answers(predicted(task, own[task.name].answers), depth(own[task.name]))
             for task in self._material.tasks

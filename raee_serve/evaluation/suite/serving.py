@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from raee_serve.evaluation.server_process import (
 )
 from raee_serve.evaluation.suite.findings import Row
 from raee_serve.table.probe import default_dtype
-from raee_serve.table.task import Task
+from raee_serve.table.task import Kind, Task
 
 CONCURRENCY = 32
 """Requests under way at once, where requests/s are measured."""
-TURN = 64
+TURN: dict[Kind, int] = {"labels": 64, "free-text": 16}
 """Prompts that a way is asked about, more or less, before another one has its turn."""
 ALONE_SHARE = 8
 """One in so many prompts of a task is asked alone, for its latency."""
@@ -95,7 +95,10 @@ class Way:
         """Answers in the order of the texts, and the seconds they took."""
         system = self.system
         server = asker(system.url, system.model, self.settings(task), decides=system.decides)
-        with nullcontext() if system.process is None else awake(system.process):
+        running: AbstractContextManager[None] = nullcontext()
+        if system.process is not None:
+            running = awake(system.process)
+        with running:
             try:
                 answers, rps = await server.ask_all(task, texts, self.raee, concurrency)
             finally:
@@ -152,8 +155,8 @@ async def _in_turns(
             await way.ask(task, [f"warm-up {i}" for i in range(WARM_UP)], WARM_UP)
             answers, _ = await way.ask(task, texts[:alone], 1)
             own[task.name] = Timed(answers, [answer.latency_s for answer in answers])
-        turns = np.array_split(texts[alone:], max(1, round((len(texts) - alone) / TURN)))
-        for turn, part in enumerate(turns):
+        turns = max(1, round((len(texts) - alone) / TURN[task.kind]))
+        for turn, part in enumerate(np.array_split(texts[alone:], turns)):
             pairs = list(zip(ways, timed, strict=True))
             for way, own in pairs[:: -1 if turn % 2 else 1]:
                 answers, seconds = await way.ask(task, part.tolist(), CONCURRENCY)

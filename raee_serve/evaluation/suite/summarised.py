@@ -37,7 +37,9 @@ class Documents:
 
         Raises TaskError where the data are not there.
         """
-        texts, references, source = {}, {}, material.source
+        source = material.source
+        texts: dict[Task, Sequence[str]] = {}
+        references: dict[str, Sequence[str]] = {}
         for task in material.summaries if source.documents else ():
             rows = shuffled_rows(task, source.data, source.documents, source.seed)
             texts[task] = [" ".join(row.text.split()[:WORDS]) for row in rows]
