@@ -63,4 +63,5 @@ def test_peers_are_asked_the_same_prompts(served, material, monkeypatch):
     assert all(0 <= row["accuracy"] <= 1 and row["speed"] > 0 for row in rows) and notes
     whole, first, kept, drafts, int8 = started
     assert whole == (material.checkpoint.name,) and drafts[1] == "--speculative-config"
-    assert int8 == ("int8",) and len(kept[0].split("-")) == len(first[0].split("-"))
+    n = round(cut["depth"] * material.backbone.num_layers)
+    assert (first, kept, int8) == ((f"static-truncation-{n}",), (f"layers-dropped-{n}",), ("int8",))

@@ -165,7 +165,7 @@ class _Study:
         """Vanilla vLLM on a checkpoint of these layers."""
         checkpoint, model = self._material.checkpoint, self._material.source.model
         if len(layers) < self._num_layers:
-            target = self._folder / "-".join(map(str, layers))
+            target = self._folder / f"{name.replace(' ', '-')}-{len(layers)}"
             checkpoint = checkpoint_of(checkpoint, layers, target)
         return Peer(
             name, len(layers), lambda: vanilla_system(checkpoint, model, flags), prompts, settings
