@@ -38,7 +38,7 @@ reproduce: setup
 	$(VENV)/bin/raee-serve build --model gemma3-270m --table $(OUT)/table --limit 600 \
 		--data $(RAEE_DATA) $(TASKS:%=--task %)
 	$(VENV)/bin/raee-serve eval suite all --model gemma3-270m --table $(OUT)/table --limit 100 \
-		--data $(RAEE_DATA) --out $(OUT)
+		--served 40 --data $(RAEE_DATA) --out $(OUT)
 
 lint: setup
 	$(VENV)/bin/ruff check .

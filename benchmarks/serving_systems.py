@@ -1,7 +1,5 @@
 """The OpenAI servers that are compared: vanilla vLLM on whole and cut checkpoints, and this."""
 
-import os
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raee_serve.evaluation.metrics_page import page, samples
-from raee_serve.evaluation.server_process import running_process
+from raee_serve.evaluation.server_process import (
+    awake,
+    running_process,
+    standing_still,
+    vanilla_command,
+)
 
 SERVE_FLAGS = ("--enforce-eager", "--no-enable-prefix-caching", "--max-model-len", "2048")
 """The same for every system. Eager is vanilla's best on CPU: compiled runs no faster there."""
@@ -45,11 +48,8 @@ class ServedSystem:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        os.killpg(self.process.pid, signal.SIGCONT)
-        try:
+        with awake(self.process):
             yield
-        finally:
-            os.killpg(self.process.pid, signal.SIGSTOP)
 
     def decided(self) -> Decided:
         """From its metrics, so while it is awake; nothing for vanilla vLLM."""
@@ -73,16 +73,9 @@ def vanilla_server(
     name: str, checkpoint: Path, model: str, dtype: str, log: Path
 ) -> Iterator[ServedSystem]:
     """vLLM without our plug-in. model: the name by which requests ask for it."""
-    command = vanilla_command(checkpoint, model, "--dtype", dtype, *SERVE_FLAGS)
+    command = vanilla_command(checkpoint, model, ["--dtype", dtype, *SERVE_FLAGS])
     with started(name, command, VANILLA_ENVIRONMENT, log) as system:
         yield system
-
-
-def vanilla_command(checkpoint: Path, model: str, *flags: str) -> list[str]:
-    """Of vLLM's own server; to be run in VANILLA_ENVIRONMENT."""
-    # Not `vllm serve`: that command needs a package named vllm, which the CPU build is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    return [*command, "--model", str(checkpoint), "--served-model-name", model, *flags]
 
 
 @contextmanager
@@ -102,9 +95,6 @@ def started(
 ) -> Iterator[ServedSystem]:
     """A server that stands still as soon as it is up. command: takes --host and --port."""
     print(f"starting {name} ...", flush=True)
-    with running_process(command, environment, log=log) as (url, process):
-        os.killpg(process.pid, signal.SIGSTOP)
-        try:
-            yield ServedSystem(name, url, process)
-        finally:
-            os.killpg(process.pid, signal.SIGCONT)  # or it would not hear that it is to end
+    server = running_process(command, environment, log=log)
+    with server as (url, process), standing_still(process):
+        yield ServedSystem(name, url, process)

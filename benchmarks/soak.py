@@ -34,12 +34,12 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import machine
-from benchmarks.serving_systems import VANILLA_ENVIRONMENT, vanilla_command
+from benchmarks.serving_systems import VANILLA_ENVIRONMENT
 from benchmarks.tables import build_table
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.evaluation.metrics_page import total
 from raee_serve.evaluation.run import PATIENT_TIMEOUT_MS
-from raee_serve.evaluation.server_process import running_process
+from raee_serve.evaluation.server_process import running_process, vanilla_command
 from raee_serve.table.datasets import load_examples
 from raee_serve.table.tasks import get_task
 
@@ -322,7 +322,7 @@ def server(
     """URL and process of a server of `args.model`; its exit table is made first."""
     if args.vanilla:
         checkpoint = local_checkpoint(args.model)
-        command = vanilla_command(checkpoint, args.model, "--enforce-eager", *FLAGS)
+        command = vanilla_command(checkpoint, args.model, ["--enforce-eager", *FLAGS])
         return running_process(command, VANILLA_ENVIRONMENT, log=args.log)
     build_table(args.model, [TASK], table, limit=24)
     command = [sys.executable, "-m", "raee_serve.cli", "serve", args.model, "--table", table]

@@ -16,6 +16,15 @@ SUMMARY_TOKENS = 64
 """Output length for free text; one token is enough to tell label words apart."""
 
 
+UNDECIDED = {
+    "x-raee-exit-layer": "0",
+    "x-raee-num-layers": "0",
+    "x-raee-reason": "",
+    "x-raee-distance": "",
+}
+"""What stands for the headers of a server that decides nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A server's answer to one prompt and what its headers say about the decision."""
@@ -35,11 +44,13 @@ class Asker:
     """Asks `model` at `client`.
 
     settings: of every request, beside or in place of those that `ask` makes.
+    decides: False for vanilla vLLM, whose requests carry no `raee` and whose answers no headers.
     """
 
     client: AsyncOpenAI
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    decides: bool = True
 
     async def ask(self, task: Task, text: str, raee: Mapping[str, Any]) -> Answer:
         """The answer to one text, greedily sampled; `raee` goes along beside the task's name."""
@@ -49,7 +60,7 @@ class Asker:
             "model": self.model,
             "temperature": 0.0,
             "max_tokens": 1 if task.kind == "labels" else SUMMARY_TOKENS,
-            "extra_body": {"raee": {"task": task.name, **raee}},
+            "extra_body": {"raee": {"task": task.name, **raee}} if self.decides else {},
             **self.settings,
         }
         if isinstance(prompt, str):
@@ -61,14 +72,15 @@ class Asker:
             raw = await chat.create(messages=cast(Any, prompt), **common)
             parsed = raw.parse()
             said = parsed.choices[0].message.content
+        headers = raw.headers if self.decides else UNDECIDED
         return Answer(
             text=said or "",
             prompt_tokens=parsed.usage.prompt_tokens,
             output_tokens=parsed.usage.completion_tokens,
-            exit_layer=int(raw.headers["x-raee-exit-layer"]),
-            num_layers=int(raw.headers["x-raee-num-layers"]),
-            reason=raw.headers["x-raee-reason"],
-            distance=raw.headers["x-raee-distance"],
+            exit_layer=int(headers["x-raee-exit-layer"]),
+            num_layers=int(headers["x-raee-num-layers"]),
+            reason=headers["x-raee-reason"],
+            distance=headers["x-raee-distance"],
             latency_s=time.perf_counter() - start,
         )
 
@@ -87,10 +99,12 @@ class Asker:
         return answers, len(texts) / (time.perf_counter() - start)
 
 
-def asker(base_url: str, model: str, settings: Mapping[str, Any] | None = None) -> Asker:
+def asker(
+    base_url: str, model: str, settings: Mapping[str, Any] | None = None, *, decides: bool = True
+) -> Asker:
     """An asker for the server at `base_url`, with or without /v1. The key is OPENAI_API_KEY's."""
     import os
 
     url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    return Asker(AsyncOpenAI(base_url=url, api_key=key), model, settings or {})
+    return Asker(AsyncOpenAI(base_url=url, api_key=key), model, settings or {}, decides)

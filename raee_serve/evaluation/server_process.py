@@ -1,4 +1,4 @@
-"""`raee-serve serve` as a child process: started on a free port, stopped with all its children."""
+"""Servers as child processes: started on a free port, stopped with all their children."""
 
 from __future__ import annotations
 
@@ -69,6 +69,33 @@ def running_process(
             yield url, process
         finally:
             _stop(process)
+
+
+def vanilla_command(checkpoint: Path, model: str, flags: Sequence[str]) -> list[str]:
+    """Starts vLLM's own server. model: the name by which requests ask for it."""
+    # Not `vllm serve`: that command needs a package named vllm, which the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return [*command, "--model", str(checkpoint), "--served-model-name", model, *flags]
+
+
+@contextmanager
+def standing_still(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While open, the process and its children run only where it is `awake`."""
+    os.killpg(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)  # or it would not hear that it is to end
+
+
+@contextmanager
+def awake(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Of a process that stands still otherwise."""
+    os.killpg(process.pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGSTOP)
 
 
 def free_port() -> int:

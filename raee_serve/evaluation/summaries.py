@@ -66,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         parts = [part_of(args, model) for model in args.model or TASKS]
         found = {part.model: summarise(args, part) for part in parts}
+        written = write(found, args.out)
     except RaeeError as error:
         raise SystemExit(f"summaries: error: {error}") from error
-    print(write(found, args.out), flush=True)
+    print(written, flush=True)
 
 
 def part_of(args: argparse.Namespace, model: str) -> Part:

@@ -91,18 +91,22 @@ def index_faults(table: ExitTable, k: int, samples: int, least_recall: float) ->
     tasks = [name for name in table.metadata.tasks if table.count(name)]
     for name in tasks:
         try:
-            recall = measure_recall(table, name, k, max(1, samples // len(tasks)))
+            found = measure_recall(table, name, k, max(1, samples // len(tasks)))
         except TableError as e:
             yield str(e)
             continue
-        print(f"{name}: recall@{k} {recall:.3f}")
-        if recall < least_recall:
-            yield f"task {name}: recall@{k} is {recall:.3f}, less than {least_recall:g}"
+        print(f"{name}: recall@{k} {found:.3f}")
+        if found < least_recall:
+            yield f"task {name}: recall@{k} is {found:.3f}, less than {least_recall:g}"
 
 
 def measure_recall(table: ExitTable, task: str, k: int, samples: int) -> float:
     """Share of the exact k nearest rows of a task that the index finds, for queries near rows."""
-    queries = _queries(table, task, samples)
+    return recall(table, task, _queries(table, task, samples), k)
+
+
+def recall(table: ExitTable, task: str, queries: NDArray[np.float32], k: int) -> float:
+    """Share of the exact k nearest rows of a task that the index finds. queries: [n, dimension]."""
     exact = table.index.nearest([task], queries, k, exact=True)
     found = table.index.nearest([task], queries, k)
     shares = [

@@ -140,7 +140,7 @@ class LayerProbe:
         tops = torch.stack([top for _, top in scores], dim=1)
         agreement = (tops == tops[:, len(layers) - 1, None]).float()
         hits = (tops == targets[:, None]).float()
-        means = (_mean_per_row(values, lengths) for values in (logprobs, agreement, hits))
+        means = (mean_per_row(values, lengths) for values in (logprobs, agreement, hits))
         logprob, agreed, hit = means
         return logprob, agreed, hit
 
@@ -200,7 +200,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _mean_per_row(values: Tensor, lengths: Sequence[int]) -> NDArray[np.float32]:
+def mean_per_row(values: Tensor, lengths: Sequence[int]) -> NDArray[np.float32]:
     """[sum(lengths), m] -> [len(lengths), m], the mean over each row's positions."""
     means = [part.mean(dim=0) for part in values.float().split(list(lengths))]
     return torch.stack(means).cpu().numpy()

@@ -1,12 +1,9 @@
 """Weights of other kinds: replaced while serving, and quantized to int8."""
 
-import json
-
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from raee_serve.cut import cut_checkpoint
+from raee_serve.evaluation.suite.quantizing import int8_checkpoint
 from tests.engine.engines import generate_at, run_vanilla, tiny_args, tiny_engine
 from tests.engine.reference import mixed_mismatches
 from tests.engine.workload import mixed_requests
@@ -15,25 +12,6 @@ from tests.tiny import ENGINE_SIZES, saved, tiny_llama
 pytestmark = pytest.mark.engine
 
 NUM_LAYERS, NUM_TOKENS = 6, 8
-INT8 = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
-            "input_activations": {
-                "num_bits": 8,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "token",
-                "dynamic": True,
-            },
-        }
-    },
-}
 
 
 @pytest.fixture
@@ -56,25 +34,9 @@ def test_reloaded_weights_run_at_every_depth(tmp_path, requests):
     assert mixed_mismatches(new, depths, prompts, after) == []
 
 
-def quantized(checkpoint):
-    """`checkpoint` with its projections in int8, one scale for each output channel."""
-    file, config_file = checkpoint / "model.safetensors", checkpoint / "config.json"
-    tensors = {}
-    for name, weight in load_file(file).items():
-        if not name.endswith("_proj.weight"):
-            tensors[name] = weight
-            continue
-        scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        tensors[name] = (weight / scale).round().to(torch.int8)
-        tensors[f"{name}_scale"] = scale
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps(config | {"quantization_config": INT8}))
-    return checkpoint
-
-
 def test_int8_equals_the_cut_int8_checkpoint(tmp_path, requests):
-    checkpoint = quantized(saved(tiny_llama(NUM_LAYERS, **ENGINE_SIZES), tmp_path / "llama"))
+    source = saved(tiny_llama(NUM_LAYERS, **ENGINE_SIZES), tmp_path / "llama")
+    checkpoint = int8_checkpoint(source, tmp_path / "int8")
     prompts, depths = [r.prompt for r in requests], [r.exit_layer for r in requests]
     with tiny_engine(checkpoint) as llm:
         tokens = generate_at(llm, prompts, depths, max_tokens=NUM_TOKENS)

@@ -7,14 +7,13 @@ held against it: at full depth they are equal, at a lesser depth they have one s
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from raee_serve.evaluation.server_process import running_process
+from raee_serve.evaluation.server_process import running_process, vanilla_command
 from raee_serve.table.probe import default_dtype
 from tests.server.asking import decisions
 from tests.server.conformance import client
@@ -79,8 +78,7 @@ def compared(expected, answers, selected=CASES, form=lambda answer: answer):
 @pytest.fixture(scope="module")
 def vanilla(smollm2):
     """By client what vanilla vLLM answers, with the flags of the server it is compared with."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
-    command += ["--served-model-name", MODEL, "--enforce-eager", *VLLM_FLAGS]
+    command = vanilla_command(smollm2, MODEL, ["--enforce-eager", *VLLM_FLAGS])
     if default_dtype(torch.device("cpu")) is torch.float32:
         command += ["--dtype", "float32"]  # as raee-serve chooses by itself
     environment = {"VLLM_PLUGINS": "", "VLLM_USE_V2_MODEL_RUNNER": "0"}

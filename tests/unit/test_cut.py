@@ -1,13 +1,14 @@
 """A cut checkpoint computes what the full one computes up to that depth."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from raee_serve.cut import cut_checkpoint
+from raee_serve.cut import checkpoint_of, cut_checkpoint
 from raee_serve.errors import CheckpointError
 from tests.tiny import saved, tiny_gemma3, tiny_llama
 
@@ -85,6 +86,47 @@ def test_depth_outside_the_model_is_refused(tmp_path, depth):
     with pytest.raises(CheckpointError, match=rf"depth is {depth}; allowed .*1\.\.4"):
         cut_checkpoint(source, depth, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("layers", [[1, 3, 4], [2], [1, 2]])
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gemma3])
+def test_layers_are_left_out_wherever_they_are(tmp_path, make_model, layers):
+    model = make_model()
+    kept = checkpoint_of(saved(model, tmp_path / "full"), layers, tmp_path / "kept")
+    small = AutoModelForCausalLM.from_pretrained(kept).eval()
+    state = model.state_dict()
+    for name, tensor in small.state_dict().items():
+        number = re.search(r"layers\.(\d+)", name)
+        theirs = number and name.replace(number[0], f"layers.{layers[int(number[1])] - 1}")
+        torch.testing.assert_close(tensor, state[theirs or name])
+    if make_model is tiny_gemma3:
+        kinds = model.config.layer_types
+        assert small.config.layer_types == [kinds[layer - 1] for layer in layers]
+
+
+@pytest.mark.parametrize("layers", [[], [0, 1], [2, 1], [2, 2], [3, 5]])
+def test_layers_that_are_not_there_are_refused(tmp_path, layers):
+    source = saved(tiny_llama(4), tmp_path / "full")
+    with pytest.raises(CheckpointError, match=r"layers are .*1\.\.4"):
+        checkpoint_of(source, layers, tmp_path / "kept")
+
+
+def test_as_many_other_layers_are_another_checkpoint(tmp_path):
+    source = saved(tiny_llama(4), tmp_path / "full")
+    kept = checkpoint_of(source, [1, 3], tmp_path / "kept")
+    assert checkpoint_of(source, [1, 3], kept) == kept
+    with pytest.raises(CheckpointError, match="holds another checkpoint"):
+        checkpoint_of(source, [1, 4], kept)
+
+
+def test_kinds_of_layers_that_nobody_tells_apart_are_refused(tmp_path):
+    source = saved(tiny_gemma3(4), tmp_path / "full")
+    config = json.loads((source / "config.json").read_text())
+    del config["layer_types"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="only its last layers"):
+        checkpoint_of(source, [2, 3], tmp_path / "kept")
+    checkpoint_of(source, [1, 2], tmp_path / "cut")
 
 
 def test_same_cut_is_kept_and_another_refused(tmp_path):

@@ -3,27 +3,41 @@
 import csv
 import json
 import random
+import sys
+from dataclasses import replace
 from html import escape
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raee_serve.cli import main
-from raee_serve.cut import cut_checkpoint
+from raee_serve.cut import checkpoint_of, cut_checkpoint
+from raee_serve.errors import RaeeError, TaskError
+from raee_serve.evaluation.asking import Answer
 from raee_serve.evaluation.suite import findings, shift
 from raee_serve.evaluation.suite.backbone import StudiedBackbone
 from raee_serve.evaluation.suite.command import STUDIES
 from raee_serve.evaluation.suite.findings import Findings, Picture
+from raee_serve.evaluation.suite.material import Material, Source
 from raee_serve.evaluation.suite.peers import confident
+from raee_serve.evaluation.suite.quantizing import int8_checkpoint
+from raee_serve.evaluation.suite.report import draw
+from raee_serve.evaluation.suite.serving import System, Timed, Way, in_turns, predicted, speed
+from raee_serve.evaluation.suite.summarised import Documents
 from raee_serve.retrieval.leave_one_out import LABEL_VOTE
 from raee_serve.table.probe import LayerProbe
-from tests.tiny import tokenized_llama
+from raee_serve.table.schema import row_id
+from raee_serve.table.tasks import get_task
+from tests.tiny import tokenized_gemma3, tokenized_llama
 
 pytestmark = pytest.mark.unit
 
 TASK = "demo_sentiment"
+LONG_PROMPTS = [list(range(2, 22)), list(range(30, 44))]
+"""Longer than the window of `tokenized_gemma3`."""
 PROMPTS = [[1, 5, 9, 7], [1, 300, 20], [1, 4, 4, 8, 77, 31]]
 
 
@@ -49,7 +63,8 @@ def suite(checkpoint, uri, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAEE_CACHE", str(cache))
             command = ["eval", "suite", name, "--model", str(checkpoint), "--table", uri]
-            return main([*command, "--data", "/nowhere", "--limit", "12", "--out", str(out), *more])
+            command += ["--data", "/nowhere", "--limit", "12", "--served", "0", "--documents", "0"]
+            return main([*command, "--out", str(out), *more])
 
     run.out = out
     return run
@@ -111,6 +126,44 @@ def test_exact_search_is_what_indexes_are_compared_with(suite):
     assert all(0 < row["recall"] <= 1 for row in indexes)
 
 
+def test_evidence_says_how_far_one_label_has_the_majority(suite):
+    suite("evidence")
+    rows = rows_of(suite, "evidence")
+    assert all(0.5 <= row["largest label"] <= 1 for row in rows if "rule" in row)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--limit", "1"], "--limit is 1; allowed: at least 2"),
+        (["--served", "3"], "--served is 3; allowed: 0, or at least 10"),
+        (["--documents", "1"], "--documents is 1; allowed: 0, or at least 2"),
+    ],
+)
+def test_too_little_to_measure_is_one_line(suite, capsys, more, message):
+    assert suite("k", *more) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib_nothing_is_begun(suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert suite("k", "--out", str(tmp_path / "new")) == 1
+    assert "install raee-serve[plot]" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_texts_of_rows_that_the_data_does_not_hold(checkpoint, uri, tmp_path):
+    material = Material.of(Source(str(checkpoint), uri, "/nowhere", 2, 0, tmp_path), [TASK])
+    task = material.tasks[0]
+    rows = material.some_rows(task, 3)
+    keys = material.texts(task, rows)
+    assert [
+        row_id(TASK, text, int(gold)) for text, gold in zip(keys, rows.golds, strict=True)
+    ] == rows.ids
+    with pytest.raises(TaskError, match=f"1 of 3 rows of task {TASK}"):
+        material.texts(task, replace(rows, ids=["0" * 32, *rows.ids[1:]]))
+
+
 def test_a_table_of_another_backbone_is_one_line(suite, smollm2, capsys):
     assert suite("k", "--model", str(smollm2)) == 1
     assert "was built for backbone" in capsys.readouterr().err
@@ -124,6 +177,20 @@ def test_layers_left_out_leave_the_cut_checkpoint(checkpoint, tmp_path):
         found = backbone.label_logprobs(PROMPTS, [3, 4, 5])
     np.testing.assert_allclose(found, cut.label_logprobs(PROMPTS, [3, 4, 5]), atol=1e-5)
     np.testing.assert_allclose(backbone.label_logprobs(PROMPTS, [3, 4, 5]), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("left_out", [(1,), (1, 3), (4,)])
+def test_a_checkpoint_with_layers_left_out_answers_as_the_backbone_without(
+    tmp_path, smollm2, left_out
+):
+    """Of layers of two kinds: the decoder must go on to tell them apart."""
+    source = tokenized_gemma3(tmp_path / "gemma3", smollm2)
+    backbone = StudiedBackbone(source, torch.float32)
+    kept = [layer for layer in range(1, 5) if layer not in left_out]
+    other = LayerProbe(checkpoint_of(source, kept, tmp_path / "kept"), torch.float32)
+    with backbone.without(left_out):
+        found = backbone.label_logprobs(LONG_PROMPTS, [3, 4, 5])
+    np.testing.assert_allclose(found, other.label_logprobs(LONG_PROMPTS, [3, 4, 5]), atol=1e-5)
 
 
 def test_mean_states_and_influence_are_of_real_tokens_only(checkpoint):
@@ -160,7 +227,69 @@ def test_edits_are_seeded_and_touch_some_words(edit):
 
 
 def test_findings_come_back_as_they_were_kept():
-    found = Findings([{"a": 1, "b": "x"}], Picture("a", "b", "c", ("low", "high")), ["so"])
+    pictures = Picture("a", "b", "c", ("low", "high")), Picture("b", "a", "c", log=True)
+    found = Findings([{"a": 1, "b": "x"}], pictures[0], ["so"], [pictures[1]])
     text = findings.as_json("k", "Why?", {"limit": None}, found)
     assert findings.from_json(text, {"limit": None}) == found
     assert findings.from_json(text, {"limit": 5}) is None
+
+
+def test_pictures_stand_beside_each_other(tmp_path):
+    rows = [{"way": "a", "depth": 1, "speed": 1.0, "accuracy": 0.5}, {"way": "b", "depth": 0.5}]
+    first = Picture("depth", "accuracy", "way")
+    widths = []
+    for beside in ([], [Picture("speed", "accuracy", "way")]):
+        draw(Findings(rows, first, beside=beside), "What?", tmp_path / "x.png")
+        png = (tmp_path / "x.png").read_bytes()
+        widths.append(int.from_bytes(png[16:20], "big"))
+    assert widths[1] == 2 * widths[0]
+
+
+def timed(texts, seconds, exit_layer=4):
+    """One prompt asked alone, the others in `seconds`."""
+    answers = [Answer(text, 10, 1, exit_layer, 4, "override", "-", 0.02) for text in texts]
+    return Timed(answers, [0.02], seconds)
+
+
+def test_speed_is_that_of_the_same_prompts():
+    theirs = {"a": timed(["x"] * 9, 4.0), "b": timed(["x"] * 5, 2.0)}
+    ours = {"a": timed(["x"] * 9, 1.0, 1), "b": timed(["x"] * 5, 2.0, 3)}
+    assert speed(ours, theirs) == {"requests/s": 4.0, "speed": 2.0, "latency ms": 20.0}
+    assert speed(theirs, theirs)["speed"] == 1
+    assert (ours["a"].depth, ours["b"].depth) == (0.25, 0.75)
+
+
+def test_speed_needs_two_prompts():
+    way = Way(System("http://nowhere", "m"), {})
+    with pytest.raises(RaeeError, match="1 prompts of task demo_sentiment"):
+        in_turns([way], {get_task(TASK): ["only one"]})
+
+
+def test_answers_that_are_no_label_word_are_wrong():
+    answers = timed([" great", "terr", "", "else"], 1.0).answers
+    assert predicted(get_task(TASK), answers).tolist() == [1, 0, -1, -1]
+
+
+def test_summaries_are_scored_by_task_and_over_all_documents():
+    references = {"one": ["the dog sleeps", "rain"], "two": ["a cat", "a bird"]}
+    documents = Documents({}, references)
+    way = {"one": timed(references["one"], 1.0), "two": timed(["a cat", "x"], 1.0)}
+    row = documents.scored(way)
+    assert (row["one"], row["two"], row["ROUGE-L"]) == (1.0, 0.5, 0.75)
+    assert row["low"] == 0.5 and row["high"] == 1.0
+
+
+def test_int8_weights_are_near_the_whole_ones(checkpoint, tmp_path):
+    int8 = int8_checkpoint(checkpoint, tmp_path / "int8")
+    whole, found = (load_file(folder / "model.safetensors") for folder in (checkpoint, int8))
+    assert (int8 / "tokenizer.json").is_file()
+    for name, weight in whole.items():
+        if not name.endswith("_proj.weight"):
+            torch.testing.assert_close(found[name], weight)
+            continue
+        assert found[name].dtype is torch.int8
+        scale = found[f"{name}_scale"]
+        assert scale.shape == (len(weight), 1)
+        assert ((found[name] * scale - weight).abs() <= scale / 2 + 1e-6).all()
+    kept = json.loads((int8 / "config.json").read_text())
+    assert kept["quantization_config"]["quant_method"] == "compressed-tensors"

@@ -26,19 +26,25 @@ from raee_serve.evaluation.suite import (
 from raee_serve.evaluation.suite.findings import Findings
 from raee_serve.evaluation.suite.material import Material, Source
 from raee_serve.evaluation.suite.report import draw, write_report
+from raee_serve.retrieval.aggregate import RULES
+from raee_serve.retrieval.drawing import pyplot
 from raee_serve.table.datasets import add_data_argument
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """question: what it answers; run: from the material to what was found."""
+    """question: what it answers; run: from the material to what was found.
+
+    serves: whether a part of it is measured on servers.
+    """
 
     question: str
     run: Callable[[Material], Findings]
+    serves: bool = False
 
 
 STUDIES = {
-    "paper": Study(paper.QUESTION, paper.run),
+    "paper": Study(paper.QUESTION, paper.run, serves=True),
     "k": Study(neighbours.QUESTION, neighbours.run),
     "keys": Study(keys.QUESTION, keys.run),
     "size": Study(size.QUESTION, size.run),
@@ -46,14 +52,17 @@ STUDIES = {
     "shift": Study(shift.QUESTION, shift.run),
     "evidence": Study(evidence.QUESTION, evidence.run),
     "finetuned": Study(finetuned.QUESTION, finetuned.run),
-    "peers": Study(peers.QUESTION, peers.run),
+    "peers": Study(peers.QUESTION, peers.run, serves=True),
 }
 ALL = "all"
 
 DESCRIPTION = """Studies on an exit table and its test rows, decided by the server's own
 code.
 Each leaves NAME.json, NAME.csv and NAME.png in --out, and is not run again while model, table and
-settings stay; report.html and report.md there show all of them."""
+settings stay; report.html and report.md there show all of them. paper and peers also measure speed,
+on servers that they start."""
+LEAST_SERVED = 2 * len(RULES)
+"""Two prompts for each rule."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +73,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="backbone")
     parser.add_argument("--table", required=True, metavar="DIR", help="its exit table")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for what is found")
-    parser.add_argument("--task", action="append", default=[], help="default: all with label words")
+    parser.add_argument("--task", action="append", default=[], help="default: all of the table")
     parser.add_argument("--limit", type=int, metavar="N", help="test rows a task (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
+    parser.add_argument(
+        "--served",
+        type=int,
+        default=400,
+        metavar="N",
+        help="prompts of a label-word task of which speed is measured; 0: none (default: 400)",
+    )
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=32,
+        metavar="N",
+        help="of a free-text task, summarised and scored; 0: none (default: 32)",
+    )
     add_data_argument(parser)
 
 
@@ -74,10 +97,26 @@ def run(args: argparse.Namespace) -> None:
     """Raises RaeeError for a table, task or data set that does not fit."""
     if args.limit is not None and args.limit < 2:
         raise RaeeError(f"--limit is {args.limit}; allowed: at least 2")
+    for flag, value, least in (
+        ("--served", args.served, LEAST_SERVED),
+        ("--documents", args.documents, 2),
+    ):
+        if value and value < least:
+            raise RaeeError(f"{flag} is {value}; allowed: 0, or at least {least}")
+    pyplot()  # without it nothing need be begun
     args.out.mkdir(parents=True, exist_ok=True)
     names = list(STUDIES) if args.study == ALL else [args.study]
     with TemporaryDirectory() as scratch:
-        source = Source(args.model, args.table, args.data, args.limit, args.seed, Path(scratch))
+        source = Source(
+            args.model,
+            args.table,
+            args.data,
+            args.limit,
+            args.seed,
+            Path(scratch),
+            args.served,
+            args.documents,
+        )
         material = Material.of(source, args.task)
         for name in names:
             print(f"raee-serve: {name}: {STUDIES[name].question}", flush=True)
@@ -90,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
 def _study(name: str, material: Material, out: Path) -> None:
     """Run it, unless what it found under the same settings is there."""
     settings = _settings(material)
+    if STUDIES[name].serves:
+        settings |= {"served": material.source.served, "documents": material.source.documents}
     kept = out / f"{name}.json"
     if kept.is_file() and findings.from_json(kept.read_text(), settings) is not None:
         print(f"raee-serve: {name}: kept from before", flush=True)

@@ -31,13 +31,19 @@ def run(material: Material) -> Findings:
             )
             for task in tasks
         }
+        largest = round(float(np.mean([_largest_share(own) for own in chosen.values()])), 4)
         retriever = material.retriever(chosen)
         for rule in RULES:
             way = decided(material, retriever, rule, tasks=tasks)
-            rows.append({"rows": kind, "rule": rule, **averaged(material, way)})
+            figures = averaged(material, way)
+            rows.append({"rows": kind, "largest label": largest, "rule": rule, **figures})
     left_out = sorted({task.name for task in material.tasks} - {task.name for task in tasks})
     counts = ", ".join(f"{task.name} {sizes[task.name]}" for task in tasks)
-    notes = [f"Rows of each kind: {counts}."]
+    notes = [
+        f"Rows of each kind: {counts}.",
+        "largest label: the share of a task's rows that have its most frequent label, mean over "
+        "the tasks.",
+    ]
     if left_out:
         notes.append(f"Left out, with fewer than {LEAST} rows of a kind: {', '.join(left_out)}.")
     return Findings(rows or [{"rows": "too few of any kind"}], notes=notes)
@@ -48,3 +54,8 @@ def _kinds(rows: TaskRows) -> list[np.ndarray]:
     assert rows.golds is not None and rows.label_logprobs is not None
     right = rows.label_logprobs[:, -1].argmax(axis=1) == rows.golds
     return [np.arange(len(rows)), np.flatnonzero(right), np.flatnonzero(~right)]
+
+
+def _largest_share(rows: TaskRows) -> float:
+    assert rows.golds is not None
+    return float(np.bincount(rows.golds).max() / len(rows))

@@ -29,11 +29,15 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """rows: mostly of the same columns. notes: what a reader has to know beside the question."""
+    """rows: mostly of the same columns. notes: what a reader has to know beside the question.
+
+    beside: drawn to the right of `picture`, in the same file.
+    """
 
     rows: Sequence[Row]
     picture: Picture | None = None
     notes: Sequence[str] = ()
+    beside: Sequence[Picture] = ()
 
 
 def as_json(study: str, question: str, settings: Mapping[str, Any], findings: Findings) -> str:
@@ -47,10 +51,17 @@ def from_json(text: str, settings: Mapping[str, Any]) -> Findings | None:
     if kept["settings"] != json.loads(json.dumps(settings)):
         return None
     drawn = kept["picture"]
-    if drawn is not None:
-        error = drawn["error"]
-        drawn = Picture(**{**drawn, "error": tuple(error) if error else None})
-    return Findings(kept["rows"], drawn, kept["notes"])
+    return Findings(
+        kept["rows"],
+        None if drawn is None else _picture(drawn),
+        kept["notes"],
+        [_picture(beside) for beside in kept.get("beside", [])],
+    )
+
+
+def _picture(fields: Mapping[str, Any]) -> Picture:
+    error = fields["error"]
+    return Picture(**{**fields, "error": tuple(error) if error else None})
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

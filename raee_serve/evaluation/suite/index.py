@@ -13,7 +13,7 @@ from raee_serve.errors import TableError
 from raee_serve.evaluation.suite.findings import Findings, Row
 from raee_serve.evaluation.suite.material import Material
 from raee_serve.evaluation.suite.scores import averaged, decided, timed
-from raee_serve.retrieval.search import InMemorySearch
+from raee_serve.table.check_command import recall
 from raee_serve.table.index import KINDS
 from raee_serve.table.store import ExitTable
 
@@ -60,15 +60,8 @@ def run(material: Material) -> Findings:
 
 
 def _recall(material: Material, table: ExitTable) -> float:
-    """Share of the K nearest rows of a prompt within its task that the index finds."""
-    shares = []
-    for task in material.tasks:
-        queries = material.asked(task).vectors[:ASKED]
-        keys = table.keys(task.name)
-        k = min(K, len(keys))
-        exact = InMemorySearch({task.name: material.rows(task).vectors})
-        nearest = exact.nearest([task.name], queries, k)
-        found = table.index.nearest([task.name], queries, k)
-        for near, (keys_found, _) in zip(nearest, found, strict=True):
-            shares.append(len(np.intersect1d(keys[near.rows], keys_found)) / k)
+    """Mean over the tasks, of the first prompts of each."""
+    shares = [
+        recall(table, task.name, material.asked(task).vectors[:ASKED], K) for task in material.tasks
+    ]
     return round(float(np.mean(shares)), 4)

@@ -17,9 +17,8 @@ from raee_serve.evaluation.suite.scores import averaged
 from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, exits
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import label_counts, log_votes
-from raee_serve.table.datasets import load_examples
 from raee_serve.table.evidence import label_evidence
-from raee_serve.table.schema import TaskRows, row_id
+from raee_serve.table.schema import TaskRows
 from raee_serve.table.task import Task, prompt_text, prompt_token_ids
 
 QUESTION = (
@@ -101,7 +100,7 @@ def _vectors(
     encoder: Encoder,
 ) -> Iterator[tuple[str, Vectors, Vectors]]:
     """Name of a kind of key, the rows' vectors, the prompts' vectors."""
-    texts = _texts(material, task, rows)
+    texts = material.texts(task, rows)
     name = material.table.metadata.encoder.name
     yield f"{name}, text", rows.vectors, asked.vectors
     rendered = [_of_prompts(encoder, backbone, task, own) for own in (texts, asked.texts)]
@@ -111,13 +110,6 @@ def _vectors(
     for position, layer in enumerate(layers):
         where = f"after layer {layer}" if layer else "of token embeddings"
         yield f"backbone, mean {where}", own[:, position], queries[:, position]
-
-
-def _texts(material: Material, task: Task, rows: TaskRows) -> list[str]:
-    """Of the table's rows, found again by their ids. Raises KeyError for another data set's."""
-    examples = load_examples(task, "train", material.source.data)
-    by_id = {row_id(task.name, example.text, example.gold): example.text for example in examples}
-    return [by_id[own] for own in rows.ids]
 
 
 def _of_prompts(

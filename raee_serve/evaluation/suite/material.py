@@ -16,8 +16,8 @@ from raee_serve.evaluation.probed import KnownVectors, ProbeCache, ProbedTask
 from raee_serve.evaluation.run import shuffled_rows
 from raee_serve.fingerprint import BackboneIdentity, identify_backbone
 from raee_serve.retrieval.retriever import ExitRetriever
-from raee_serve.table.datasets import Example
-from raee_serve.table.schema import TableMetadata, TaskRows
+from raee_serve.table.datasets import Example, load_examples
+from raee_serve.table.schema import TableMetadata, TaskRows, row_id
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
@@ -29,7 +29,8 @@ class Source:
 
     model, table: backbone and exit table; data: root of the data sets; scratch: a folder for
     tables that live as long as a study. limit: test rows a task; seed: of their shuffle, and of
-    every other draw.
+    every other draw. served, documents: prompts of a label-word task, and documents to summarise,
+    of which speed is measured on servers; 0: none.
     """
 
     model: str
@@ -38,17 +39,22 @@ class Source:
     limit: int | None
     seed: int
     scratch: Path
+    served: int = 0
+    documents: int = 0
 
 
 @dataclass
 class Material:
     """A table's label-word tasks, and the test rows that are asked of each.
 
+    summaries: the tasks among those asked for whose answers are free text.
+
     Decisions are made by the server's own retriever, over the table or over parts of its rows.
     """
 
     source: Source
     tasks: tuple[Task, ...]
+    summaries: tuple[Task, ...]
     table: ExitTable
     checkpoint: Path
     backbone: BackboneIdentity
@@ -58,14 +64,15 @@ class Material:
 
     @classmethod
     def of(cls, source: Source, names: Sequence[str]) -> Material:
-        """names: of tasks, all label-word tasks of the table by default. Raises RaeeError for a
-        table of another backbone, and for tasks that are not in it or have free text."""
+        """names: of tasks, all of the table by default. Raises RaeeError for a table of another
+        backbone, and for tasks that are not in it or of which none has label words."""
         table = ExitTable.open(source.table)
         checkpoint = local_checkpoint(source.model)
         backbone = identify_backbone(checkpoint)
         table.metadata.check_backbone(backbone, source.table)
         tasks = [get_task(name) for name in names or table.metadata.tasks]
         with_labels = tuple(task for task in tasks if task.kind == "labels")
+        summaries = tuple(task for task in tasks if task.kind == "free-text")
         absent = [task.name for task in tasks if task.name not in table.metadata.tasks]
         if absent or not with_labels:
             raise TaskError(
@@ -74,7 +81,7 @@ class Material:
             )
         encoder = table.metadata.encoder
         probes = ProbeCache(checkpoint, backbone, encoder, encoder.name)
-        return cls(source, with_labels, table, checkpoint, backbone, probes)
+        return cls(source, with_labels, summaries, table, checkpoint, backbone, probes)
 
     def rows(self, task: Task) -> TaskRows:
         """The table's rows of a task."""
@@ -88,6 +95,18 @@ class Material:
         rows = self.rows(task)
         order = np.random.default_rng(self.source.seed).permutation(len(rows))
         return part_of(rows, np.sort(order[:most]))
+
+    def texts(self, task: Task, rows: TaskRows) -> list[str]:
+        """Of rows of the table, found again by their ids. Raises TaskError unless the data holds
+        all of them."""
+        examples = load_examples(task, "train", self.source.data)
+        by_id = {row_id(task.name, e.text, e.gold): e.text for e in examples}
+        if missing := set(rows.ids) - by_id.keys():
+            raise TaskError(
+                f"{len(missing)} of {len(rows)} rows of task {task.name} in {self.source.table} "
+                f"are not in the training data under {self.source.data}"
+            )
+        return [by_id[own] for own in rows.ids]
 
     def asked(self, task: Task) -> ProbedTask:
         """Test rows of a task, also of one that the table does not hold."""

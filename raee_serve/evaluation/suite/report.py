@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from raee_serve.evaluation.report import markdown_table
-from raee_serve.evaluation.suite.findings import Findings, Row, columns_of
+from raee_serve.evaluation.suite.findings import Findings, Picture, Row, columns_of
 from raee_serve.retrieval.drawing import pyplot
 
 STYLE = """
@@ -26,12 +26,22 @@ th:first-child, td:first-child { text-align: left } img { max-width: 100%; margi
 
 
 def draw(found: Findings, title: str, file: Path) -> None:
-    """Rows without the picture's columns are left out. Raises RaeeError without matplotlib."""
-    picture = found.picture
-    assert picture is not None
+    """`found.picture` and what is beside it. Raises RaeeError without matplotlib."""
+    assert found.picture is not None
+    panels = [found.picture, *found.beside]
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    rows = [row for row in found.rows if {picture.x, picture.y, picture.series} <= row.keys()]
+    size = (8 * len(panels), 5)
+    figure, grid = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axes, picture in zip(grid[0], panels, strict=True):
+        _draw_panel(axes, picture, found.rows)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _draw_panel(axes: Any, picture: Picture, rows: Sequence[Row]) -> None:
+    """Rows without the picture's columns are left out."""
+    rows = [row for row in rows if {picture.x, picture.y, picture.series} <= row.keys()]
     for name in dict.fromkeys(row[picture.series] for row in rows):
         own = sorted((r for r in rows if r[picture.series] == name), key=lambda r: r[picture.x])
         x = [float(row[picture.x]) for row in own]
@@ -43,11 +53,9 @@ def draw(found: Findings, title: str, file: Path) -> None:
         axes.set_xscale("log")
     axes.set_xlabel(picture.x)
     axes.set_ylabel(picture.y)
-    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    if rows:
+        axes.legend(fontsize=8)
 
 
 def write_report(out: Path, studies: Mapping[str, Any]) -> Path:
