@@ -13,16 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.heads import VOTE_K, HeadName
-
-if TYPE_CHECKING:
-    from raee_serve.table.schema import RuleChoice
 
 Array = NDArray[np.float64]
 
@@ -69,9 +65,9 @@ def rule_named(name: str) -> Rule:
     return EVERY_RULE[name]
 
 
-def share_of(choice: RuleChoice) -> float:
-    """What the chosen rule takes for its fraction, which `quality` has a setting of its own for."""
-    return choice.quality if choice.rule == QUALITY else choice.fraction
+def share_of(rule: Rule, fraction: float, quality: float) -> float:
+    """What the rule takes for its fraction, where both settings are given."""
+    return quality if rule is QUALITY_RULE else fraction
 
 
 def decide(

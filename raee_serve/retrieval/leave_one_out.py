@@ -163,10 +163,11 @@ def row_exits(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[n] layers (full depth without evidence), [n] heads; block by block to bound memory."""
     rule, layers, heads = rule_named(choice.rule), [], []
+    share = share_of(rule, choice.fraction, choice.quality)
     for start in range(0, len(nearest), BLOCK):
         near = nearest[start : start + BLOCK, : choice.k]
         distances = 1 - similarities[start : start + BLOCK, : choice.k]
-        layer, head = exits(rule, evidence[near], distances, fraction=share_of(choice))
+        layer, head = exits(rule, evidence[near], distances, fraction=share)
         layers.append(np.where(layer == NO_EVIDENCE, evidence.shape[2], layer))
         heads.append(head)
     return np.concatenate(layers), np.concatenate(heads)

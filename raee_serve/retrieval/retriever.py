@@ -267,7 +267,8 @@ class ExitRetriever:
             )
         if self._is_far(owner, lookup.candidates, found):
             return ExitDecision.full(self.num_layers, Reason.FAR, **about)
-        chosen = decide(rule, evidence, distances, fraction=share_of(choice))
+        share = share_of(rule, choice.fraction, choice.quality)
+        chosen = decide(rule, evidence, distances, fraction=share)
         if chosen is None:
             return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **about)
         head, layer = heads[chosen[1]], skipped + chosen[0]
