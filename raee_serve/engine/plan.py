@@ -12,7 +12,7 @@ Of the requests that leave after a layer those with a shortcut stand last, so th
 rows, too, are the end of the tensors they leave from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -73,6 +73,22 @@ class TruncationPlan:
         every layer."""
         [first, *others] = self.stages
         return not others and first.kept_rows is None and self.row_order is None
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TruncationPlan":
+        """The plan with what indexes other tensors taken by `move` to where these are.
+
+        `query_start_loc` stays: attention wants it on both sides.
+        """
+        stages = (
+            stage if (kept := stage.kept_rows) is None else replace(stage, kept_rows=move(kept))
+            for stage in self.stages
+        )
+        indices = {"request_order", "row_order", "row_place"}
+        return replace(
+            self,
+            stages=tuple(stages),
+            **{name: move(t) for name in indices if (t := getattr(self, name)) is not None},
+        )
 
 
 def plan_truncation(

@@ -14,6 +14,10 @@ from raee_serve.shortcuts import Shortcut
 class StepSource(Protocol):
     """Knows the plan of the step in flight; the worker provides it."""
 
+    def replayed(self) -> torch.Tensor | None:
+        """What the stack gives for this forward, where graphs captured before have computed it."""
+        ...
+
     def enter_forward(self) -> TruncationPlan | None:
         """The plan of this forward, its attention state already in place.
 
@@ -45,10 +49,12 @@ class TruncatedExecution:
         shortcuts: by exit layer, in the model's dtype, on its device.
 
         The stack's forward is replaced, not this model's: a multimodal model that contains this
-        one calls the stack directly.
+        one calls the stack directly. A compiled stack is entered by its compiled code and not by
+        its forward; there it is this model's.
         """
         decoder = self.model
-        vanilla_forward = decoder.forward
+        host = decoder if getattr(decoder, "do_not_compile", True) else self
+        vanilla_forward = host.forward
 
         def forward(
             input_ids: torch.Tensor | None,
@@ -57,6 +63,9 @@ class TruncatedExecution:
             inputs_embeds: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
+            hidden = source.replayed()
+            if hidden is not None:
+                return hidden
             plan = source.enter_forward()
             if plan is None:
                 return vanilla_forward(
@@ -74,4 +83,11 @@ class TruncatedExecution:
                 **kwargs,
             )
 
-        decoder.forward = forward
+        host.forward = forward
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Model runner V2 asks for it; the one we give is vLLM's until a worker switches it on."""
+        from raee_serve.engine.model_state import TruncatingModelState
+
+        return TruncatingModelState
