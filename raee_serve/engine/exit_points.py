@@ -8,15 +8,17 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
+from raee_serve.errors import RaeeError
+
 MAX_POINTS = 8
 """How many `choose_points` takes at most. Each costs a mixed step one launch and two row copies."""
 
 
 def checked_points(points: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """`points` in order, with full depth. Raises `ValueError` for one outside 1..num_layers."""
+    """`points` in order, with full depth. Raises RaeeError for one outside 1..num_layers."""
     wrong = [p for p in points if not 1 <= p <= num_layers]
     if wrong or not points:
-        raise ValueError(f"exit points are {list(points)}; allowed: layers 1..{num_layers}")
+        raise RaeeError(f"exit points are {list(points)}; allowed: layers 1..{num_layers}")
     return tuple(sorted({*points, num_layers}))
 
 

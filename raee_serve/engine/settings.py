@@ -53,13 +53,11 @@ def engine_options(
 
     With RAEE_OFF=1 the engine is vLLM's own, and exit layers have no effect.
     """
-    # What torch was built for, not whether a device is there: asking one opens it.
-    on_cuda = torch.version.cuda is not None
-    options: dict[str, Any] = {} if on_cuda else {"enforce_eager": True}
+    options: dict[str, Any] = {} if on_cuda() else {"enforce_eager": True}
     if is_off():
         return options
     options["scheduler_cls"] = SCHEDULER_CLS
-    options["worker_cls"] = GPU_WORKER_CLS if on_cuda else CPU_WORKER_CLS
+    options["worker_cls"] = GPU_WORKER_CLS if on_cuda() else CPU_WORKER_CLS
     additional: dict[str, Any] = {}
     if (count := parse_count(kv_segments)) != 1:
         additional[KV_SEGMENTS_KEY] = count
@@ -70,6 +68,11 @@ def engine_options(
     return options | ({"additional_config": additional} if additional else {})
 
 
+def on_cuda() -> bool:
+    """Whether engines run on CUDA: by what torch was built for, since asking a device opens it."""
+    return torch.version.cuda is not None
+
+
 def kv_segments(additional_config: Mapping[str, Any]) -> int | Literal["auto"]:
     """The depth segments asked for in vLLM's `additional_config`; 1 when it names none."""
     return parse_count(additional_config.get(KV_SEGMENTS_KEY, 1))
@@ -77,7 +80,7 @@ def kv_segments(additional_config: Mapping[str, Any]) -> int | Literal["auto"]:
 
 def exit_points(additional_config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """The exit points asked for in vLLM's `additional_config`, full depth among them; some at
-    equal distances when it names none. Raises `ValueError` for a layer the model does not have.
+    equal distances when it names none. Raises RaeeError for a layer the model does not have.
     """
     points = additional_config.get(EXIT_POINTS_KEY)
     return even_points(num_layers) if points is None else checked_points(points, num_layers)
