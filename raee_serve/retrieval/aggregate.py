@@ -97,7 +97,8 @@ def exits(
     """The exit of each prompt in the batch: layers [...], 1..num_layers or NO_EVIDENCE, and heads.
 
     The rule chooses a layer by its best head. points: the layers that may be chosen, num_layers
-    among them; where the rule wants another, it chooses again from the points after that one.
+    among them; where the rule wants another, it chooses again from the points after that one,
+    and takes full depth when nothing speaks for any of them.
     Raises RaeeError for shapes that do not fit, or a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
@@ -110,7 +111,9 @@ def exits(
     if points:
         places = np.arange(best.shape[-1])
         allowed = np.isin(places + 1, points) & (places >= layers[..., None])
-        layers = rule.choose(np.where(allowed, best, -1.0), fraction)
+        best = np.where(allowed, best, -1.0)
+        speaks = best.max(axis=-1) > 0
+        layers = np.where(speaks, rule.choose(best, fraction), places[-1])
     at_layer = np.take_along_axis(scores, layers[..., None, None], axis=-1)[..., 0]
     found = evidence.any(axis=(-1, -2, -3))
     return np.where(found, 1 + layers, NO_EVIDENCE), at_layer.argmax(axis=-1)
