@@ -15,11 +15,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.utils import AttentionGroup
 
-from raee_serve.engine.exit_points import segments_between
 from raee_serve.engine.graph_layout import GraphLayout, captured_sizes, lay_out
 from raee_serve.engine.graph_segments import Capture, SegmentGraphs, StaticRows, StepRows
 from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
 from raee_serve.engine.scheduler import Exits
+from raee_serve.exit_points import segments_between
 from raee_serve_patches.v2_graphs import (
     CudaGraphs,
     GraphAttention,

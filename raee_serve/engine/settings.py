@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from raee_serve.engine.exit_points import checked_points, even_points
 from raee_serve.engine.segments import parse_count
 from raee_serve.errors import RaeeError
+from raee_serve.exit_points import checked_points, even_points
 from raee_serve.records import EXIT_HEADS, ExitHead
 from raee_serve.shortcuts import Shortcuts
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raee_serve.engine.exit_points import MAX_POINTS, choose_points, extra_layers
 from raee_serve.errors import RaeeError, TableError
+from raee_serve.exit_points import MAX_POINTS, choose_points, extra_layers
 from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.leave_one_out import LeaveOneOut
 from raee_serve.retrieval.task_index import default_choice

@@ -11,8 +11,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from raee_serve.engine.exit_points import checked_points
 from raee_serve.errors import RaeeError, TableError
+from raee_serve.exit_points import checked_points
 from raee_serve.explanation import Explanation, Neighbour
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, ExitHead, Reason
@@ -142,7 +142,7 @@ class ExitRetriever:
         encoder_backend: see `Encoder`. rows_in_memory_mb: see ROWS_IN_MEMORY_MB; a larger table is
         searched through its index.
         old: a retriever whose encoder, with the vectors it remembers, is taken over as it is.
-        exit_points: the layers at which exits are decided, see `engine.exit_points`; none for any.
+        exit_points: the layers at which exits are decided, see `exit_points`; none for any.
         Raises TableError if the table is missing, corrupt or empty, or large and without an index,
         BindingError if it belongs to another backbone, encoder or prompt template or to other
         shortcuts, CheckpointError if the encoder is missing.

@@ -153,6 +153,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
 def _exit_points(asked: str | None, settings: DepthSettings) -> tuple[int, ...]:
     """What `--exit-points` asks for; none for any layer. Raises RaeeError for what is not one."""
     from raee_serve.engine.settings import on_cuda
+    from raee_serve.exit_points import parse_points
 
     if asked is None:
         asked = "auto" if on_cuda() and settings.table is not None else "any"
@@ -163,12 +164,7 @@ def _exit_points(asked: str | None, settings: DepthSettings) -> tuple[int, ...]:
         from raee_serve.retrieval.points_command import points_of
 
         return points_of(settings.table)
-    layers = asked.split(",")
-    if not all(layer.strip().isdecimal() for layer in layers):
-        raise RaeeError(
-            f"--exit-points is {asked!r}; allowed: layers like 4,8,16; any; or, with --table, auto"
-        )
-    return tuple(int(layer) for layer in layers)
+    return parse_points(asked)
 
 
 def _engine_options(args: argparse.Namespace, settings: DepthSettings) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def test_captured_segments_equal_cut_checkpoints(llama, gemma):
     assert [wrong_tokens(*pair) for pair in zip(jobs, all_results, strict=True)] == [
         [[]] * len(job["runs"]) for job in jobs
     ]
+    assert all(result["async"] for results in all_results for result in results)
     replayed = [[result["replayed"] for result in results] for results in all_results]
     [[mixed, uniform, few, too_many, off_points], *others] = replayed
     assert min(mixed, uniform, few) >= 4

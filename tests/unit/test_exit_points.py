@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from raee_serve.cli import main
 from raee_serve.engine import settings
-from raee_serve.engine.exit_points import (
+from raee_serve.errors import RaeeError
+from raee_serve.exit_points import (
     MAX_POINTS,
     checked_points,
     choose_points,
@@ -17,7 +18,6 @@ from raee_serve.engine.exit_points import (
     rounded_up,
     segments_between,
 )
-from raee_serve.errors import RaeeError
 from raee_serve.retrieval.points_command import points_of
 from raee_serve.server.launch import _exit_points
 from raee_serve.server.settings import DepthSettings

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from raee_serve.engine.exit_points import segments_between
 from raee_serve.engine.graph_layout import WASTE, captured_sizes, lay_out
 from raee_serve.engine.graph_segments import PAD_SLOT, SegmentGraphs, StaticRows, StepRows
 from raee_serve.engine.layer_loop import run_truncated
 from raee_serve.engine.plan import plan_truncation
+from raee_serve.exit_points import segments_between
 
 pytestmark = pytest.mark.unit
 

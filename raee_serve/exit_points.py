@@ -22,6 +22,16 @@ def checked_points(points: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({*points, num_layers}))
 
 
+def parse_points(text: str) -> tuple[int, ...]:
+    """Layers from an option like `4,8,16`. Raises RaeeError for what is none."""
+    layers = [layer.strip() for layer in text.split(",")]
+    if not all(layer.isdecimal() for layer in layers):
+        raise RaeeError(
+            f"--exit-points is {text!r}; allowed: layers like 4,8,16; any; or, with --table, auto"
+        )
+    return tuple(map(int, layers))
+
+
 def even_points(num_layers: int, count: int = MAX_POINTS) -> tuple[int, ...]:
     """Up to `count` points at equal distances, where nothing is known of the exits to come."""
     count = min(count, num_layers)
