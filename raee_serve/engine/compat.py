@@ -123,4 +123,8 @@ def _v2_checks(config: Any) -> list[tuple[bool, str]]:
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "context parallel (--decode-context-parallel-size, --prefill-context-parallel-size)",
         ),
+        (
+            config.offload_config.prefetch.offload_group_size > 0,
+            "weights that are fetched ahead, layer by layer (--offload-group-size)",
+        ),
     ]

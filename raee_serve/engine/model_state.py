@@ -87,10 +87,16 @@ class TruncatingModelState(DefaultModelState):
         attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
     ) -> None:
-        """Capture the segments between exit points, at a choice of the sizes vLLM captures."""
-        vanilla = self.vllm_config.compilation_config.cudagraph_capture_sizes or ()
-        sizes = captured_sizes(vanilla, self.max_num_reqs)
-        if self._exits is None or not sizes:
+        """Capture the segments between exit points, at a choice of the sizes vLLM captures.
+
+        Only beside whole graphs of vLLM's: without these, attention back ends keep what a graph
+        reads in fresh memory. And only on token ids, which is all that segments begin with.
+        """
+        config = self.vllm_config.compilation_config
+        if self._exits is None or self.prompt_embeds_state is not None:
+            return
+        sizes = captured_sizes(config.cudagraph_capture_sizes or (), self.max_num_reqs)
+        if not (sizes and config.cudagraph_mode.has_full_cudagraphs()):
             return
         use_platform_kernels(self.vllm_config, self._decoder.layers)
         with capturing(self.device):
@@ -108,9 +114,8 @@ class TruncatingModelState(DefaultModelState):
         """All segments at all sizes, captured by `capture`."""
         segments = segments_between(self._points)
         tables = block_tables.get_dummy_block_tables(1)
-        rows = StaticRows(
-            len(segments), sizes[-1], self.inputs_embeds_size, self.dtype, tables, self.device
-        )
+        hidden_size = self.model_config.get_hidden_size()
+        rows = StaticRows(len(segments), sizes[-1], hidden_size, self.dtype, tables, self.device)
         attention = GraphAttention(self.vllm_config, rows, segments, attn_groups)
         return SegmentGraphs(self._decoder, segments, sizes, rows, attention, capture)
 

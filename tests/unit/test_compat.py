@@ -126,11 +126,13 @@ def test_what_cuda_cannot_run_is_named(smollm2, cuda, monkeypatch, changes, name
         check_engine(changed)
 
 
-def test_compiling_the_whole_model_and_context_parallel_are_named(smollm2, cuda, monkeypatch):
+def test_what_only_v2_has_is_named(smollm2, cuda, monkeypatch):
     changed = cuda_config(smollm2, monkeypatch)
     changed.compilation_config.mode = CompilationMode.STOCK_TORCH_COMPILE
     changed.parallel_config.decode_context_parallel_size = 2
-    with pytest.raises(UnsupportedError, match=r"compilation mode .*; context parallel"):
+    changed.offload_config.prefetch.offload_group_size = 8
+    named = r"compilation mode .*; context parallel .*; weights that are fetched ahead"
+    with pytest.raises(UnsupportedError, match=named):
         check_engine(changed)
 
 

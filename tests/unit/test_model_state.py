@@ -1,5 +1,6 @@
 """What model runner V2's state plans for a step, on CPU tensors."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +147,31 @@ def test_other_steps_are_not(state, exit_layer, head, lens):
     prepared(state, ["a"], lens=lens)
     assert state.replayed() is None
     assert state.enter_forward() is not None
+
+
+@pytest.mark.parametrize(
+    ("mode", "prompt_embeds", "captured"),
+    [
+        (CUDAGraphMode.FULL_AND_PIECEWISE, None, [(1, 2, 4)]),
+        (CUDAGraphMode.FULL_DECODE_ONLY, None, [(1, 2, 4)]),
+        (CUDAGraphMode.PIECEWISE, None, []),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, "embeds", []),
+    ],
+    ids=["default", "decode", "piecewise", "embeds"],
+)
+def test_segments_are_captured_beside_whole_graphs(
+    state, monkeypatch, mode, prompt_embeds, captured
+):
+    config = SimpleNamespace(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 2, 4, 8])
+    state.vllm_config = SimpleNamespace(compilation_config=config)
+    state.prompt_embeds_state, state.max_num_reqs = prompt_embeds, 4
+    state._decoder = SimpleNamespace(layers=None)
+    monkeypatch.setattr(model_state, "use_platform_kernels", lambda *_: None)
+    monkeypatch.setattr(model_state, "capturing", lambda _: nullcontext())
+    sizes = []
+    monkeypatch.setattr(state, "segment_graphs", lambda *args: sizes.append(args[0]))
+    state.capture_inner_cudagraphs(None, None, None, None)
+    assert sizes == captured
 
 
 def test_graphs_are_of_one_kv_cache(state):
