@@ -6,17 +6,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams
+from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from raee_serve.engine import model_state
 from raee_serve.engine.model_state import TruncatingModelState
 from raee_serve.engine.scheduler import Exits
 from raee_serve.engine.settings import exit_args
+from raee_serve_patches.v2_graphs import use_platform_kernels
 
 pytestmark = pytest.mark.unit
 
@@ -183,3 +187,14 @@ def test_graphs_are_of_one_kv_cache(state):
 def test_it_is_vllms_until_it_follows():
     state = object.__new__(TruncatingModelState)
     assert state._truncated(SimpleNamespace(req_ids=["a"])) is None
+
+
+def test_operators_left_to_the_compiler_run_the_platforms_kernels():
+    config = VllmConfig(compilation_config=CompilationConfig(custom_ops=["none"]))
+    with set_current_vllm_config(config):
+        operator = SiluAndMul()
+    layers = nn.Sequential(operator, nn.Linear(2, 2))
+    assert operator._forward_method == operator.forward_native
+    for _ in range(2):
+        use_platform_kernels(config, layers)
+        assert operator._forward_method == operator.forward_cpu
