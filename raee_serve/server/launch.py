@@ -152,11 +152,12 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _exit_points(asked: str | None, settings: DepthSettings) -> tuple[int, ...]:
     """What `--exit-points` asks for; none for any layer. Raises RaeeError for what is not one."""
-    from raee_serve.engine.settings import on_cuda
+    from raee_serve.engine.settings import is_off, on_cuda
     from raee_serve.exit_points import parse_points
 
     if asked is None:
-        asked = "auto" if on_cuda() and settings.table is not None else "any"
+        by_table = on_cuda() and settings.table is not None and not is_off()
+        asked = "auto" if by_table else "any"
     fixed = settings.exit_layer or ""
     if asked == "any":
         return (int(fixed),) if fixed.isdecimal() else ()
