@@ -24,6 +24,7 @@ EXIT_HEAD_KEY = "raee_exit_head"
 SCHEDULER_CLS = "raee_serve.engine.scheduler.truncating_scheduler"
 CPU_WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
 GPU_WORKER_CLS = "raee_serve.engine.gpu_worker.TruncatingGPUWorker"
+WORKERS = (CPU_WORKER_CLS, GPU_WORKER_CLS)
 
 KV_SEGMENTS_KEY = "raee_kv_segments"
 """Key of vLLM's `additional_config`: depth segments of the KV cache, a number or "auto"."""

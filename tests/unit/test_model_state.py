@@ -18,8 +18,9 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from raee_serve.engine import model_state
 from raee_serve.engine.model_state import TruncatingModelState
+from raee_serve.engine.models.truncated import TruncatedExecution
 from raee_serve.engine.scheduler import Exits
-from raee_serve.engine.settings import exit_args
+from raee_serve.engine.settings import CPU_WORKER_CLS, GPU_WORKER_CLS, exit_args
 from raee_serve_patches.v2_graphs import use_platform_kernels
 
 pytestmark = pytest.mark.unit
@@ -198,3 +199,19 @@ def test_operators_left_to_the_compiler_run_the_platforms_kernels():
     for _ in range(2):
         use_platform_kernels(config, layers)
         assert operator._forward_method == operator.forward_cpu
+
+
+@pytest.mark.parametrize(
+    ("worker", "is_ours"), [(CPU_WORKER_CLS, True), (GPU_WORKER_CLS, True), ("auto", False)]
+)
+def test_vllm_chooses_for_models_without_a_worker_of_ours(worker, is_ours):
+    class Model(TruncatedExecution, nn.Module):
+        pass
+
+    config = VllmConfig()
+    config.parallel_config.worker_cls = worker
+    assert not hasattr(Model(), "get_model_state_cls")
+    with set_current_vllm_config(config):
+        assert hasattr(Model(), "get_model_state_cls") is is_ours
+        if is_ours:
+            assert Model().get_model_state_cls() is TruncatingModelState

@@ -1,6 +1,6 @@
 """Mix-in that lets a vLLM causal language model run truncation plans."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
 from raee_serve.engine.plan import Stage, TruncationPlan
+from raee_serve.engine.settings import WORKERS
 from raee_serve.shortcuts import Shortcut
 
 
@@ -85,9 +86,17 @@ class TruncatedExecution:
 
         host.forward = forward
 
-    @staticmethod
-    def get_model_state_cls() -> type:
-        """Model runner V2 asks for it; the one we give is vLLM's until a worker switches it on."""
+    @property
+    def get_model_state_cls(self) -> Callable[[], type]:
+        """What model runner V2 calls, where a model has it, for the class of its model state.
+
+        With a worker of ours alone: else vLLM is to choose as it does for its own models.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        if config is None or config.parallel_config.worker_cls not in WORKERS:
+            raise AttributeError("get_model_state_cls")
         from raee_serve.engine.model_state import TruncatingModelState
 
-        return TruncatingModelState
+        return lambda: TruncatingModelState
