@@ -60,9 +60,9 @@ def choose_points(
         """Layers run in excess by exits in before + 1 .. point, which leave at `point`."""
         return point * (mass[point] - mass[before]) - (moment[point] - moment[before])
 
-    best = {0: (0.0, ())}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for _ in range(min(count, num_layers)):
-        reached: dict[int, tuple[float, tuple[int, ...]]] = dict(best)
+        reached = dict(best)
         for point in range(1, num_layers + 1):
             ways = (
                 (cost + extra(before, point), (*points, point))
