@@ -79,15 +79,16 @@ class TruncationPlan:
 
         `query_start_loc` stays: attention wants it on both sides.
         """
-        stages = (
-            stage if (kept := stage.kept_rows) is None else replace(stage, kept_rows=move(kept))
-            for stage in self.stages
-        )
-        indices = {"request_order", "row_order", "row_place"}
+
+        def there(indices: torch.Tensor | None) -> torch.Tensor | None:
+            return None if indices is None else move(indices)
+
         return replace(
             self,
-            stages=tuple(stages),
-            **{name: move(t) for name in indices if (t := getattr(self, name)) is not None},
+            stages=tuple(replace(s, kept_rows=there(s.kept_rows)) for s in self.stages),
+            request_order=there(self.request_order),
+            row_order=there(self.row_order),
+            row_place=there(self.row_place),
         )
 
 

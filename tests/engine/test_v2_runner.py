@@ -27,7 +27,6 @@ POINTS = {EXIT_POINTS_KEY: [2, 4, 6]}
 SIZES = [1, 3, 8]
 """Of captured batches."""
 BY_DEPTH = engine_options(kv_segments=3)["additional_config"]
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 SHORTCUT_AT = {0: 2, 2: 3}
 """Exit layers of the requests that leave through shortcuts, by their place."""
 
@@ -90,7 +89,6 @@ def answered(llama, shortcuts, tmp_path_factory):
     crowd = at(prompts_of(2, CROWD), [2, 6, 1, 5, 3], max_tokens=30)
     heads = ["shortcut", "plain", "shortcut", "plain"]
     short = at(prompts_of(6, (40, 9, 12, 7)), [2, 2, 3, 6], heads=heads)
-    repetitive = at([[7, 8, 9] * 6, [5, 6] * 8], [3, 6], max_tokens=10)
     jobs = {
         "sync": job(llama, all_depths(), async_scheduling=False),
         "async": job(llama, all_depths()),
@@ -103,7 +101,6 @@ def answered(llama, shortcuts, tmp_path_factory):
             llama, at_points()[:1], SIZES, additional_config=POINTS | BY_DEPTH
         ),
         "shortcuts": job(llama, [short], SIZES, **engine_options(shortcuts=stored)),
-        "drafts": job(llama, [repetitive], speculative_config=NGRAM),
     }
     results = generate_on_v2(list(jobs.values()))
     return dict(zip(jobs, zip(jobs.values(), results, strict=True), strict=True))
@@ -126,7 +123,7 @@ def test_depths_equal_cut_checkpoints(answered, name):
     assert wrong_tokens(job, results) == [[]] * 3
 
 
-@pytest.mark.parametrize("name", ["cramped", "windows", "by depth", "drafts"])
+@pytest.mark.parametrize("name", ["cramped", "windows", "by depth"])
 def test_they_do_under_other_conditions(answered, name):
     assert wrong_tokens(*answered[name]) == [[]]
 
