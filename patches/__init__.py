@@ -5,12 +5,20 @@ from raee_serve_patches.seam import Seam, SeamError
 __all__ = ["Seam", "SeamError", "check_seams"]
 
 
-def check_seams() -> None:
-    """Check the seams that every engine rests on. Raises `SeamError` at the first mismatch.
+def check_seams(model_runner: int = 1) -> None:
+    """Check the seams that an engine of this model runner (1 or 2) rests on.
 
-    `depth_kv_cache` is checked where it is switched on.
+    Raises `SeamError` at the first mismatch. `depth_kv_cache` is checked where it is switched on.
     """
-    from raee_serve_patches import lora_rows, request_salt, seeded_chunks, v1_step
+    from raee_serve_patches import (
+        lora_rows,
+        request_salt,
+        seeded_chunks,
+        v1_step,
+        v2_graphs,
+        v2_step,
+    )
 
-    for module in (lora_rows, request_salt, seeded_chunks, v1_step):
+    by_runner = {1: (lora_rows, seeded_chunks, v1_step), 2: (v2_step, v2_graphs)}
+    for module in (request_salt, *by_runner[model_runner]):
         module.SEAM.check()

@@ -37,13 +37,20 @@ SEAM = Seam(
 
 
 class V1Step:
-    """The step in flight in one V1 runner; a `StepSource` for the model it runs."""
+    """The step in flight in one V1 runner; a `StepSource` for the model it runs.
+
+    source: itself, as what the model asks for the plan of its forward.
+    """
 
     def __init__(self, runner: Any, num_layers: int) -> None:
         self._runner = runner
         self._num_layers = num_layers
         self._lora = LoraRows(runner) if runner.lora_config else None
         self._scheduler_output: Any = None
+
+    @property
+    def source(self) -> "V1Step":
+        return self
 
     @contextmanager
     def running(self, scheduler_output: Any) -> Iterator[None]:
@@ -56,6 +63,9 @@ class V1Step:
             self._scheduler_output = None
             if self._lora is not None:
                 self._lora.restore()
+
+    def replayed(self) -> None:
+        """This runner has no graphs of ours."""
 
     def enter_forward(self) -> TruncationPlan | None:
         """Plan the step in flight and put its attention state into the forward context."""

@@ -45,6 +45,11 @@ COMMANDS = (
     Command("table check", "raee_serve.table.check_command", "check a table's rows and its index"),
     Command("table plot", "raee_serve.retrieval.plot_command", "draw what an exit table holds"),
     Command(
+        "table points",
+        "raee_serve.retrieval.points_command",
+        "choose exit points by the exits of a table's rows, and tell what they cost",
+    ),
+    Command(
         "calibrate",
         "raee_serve.retrieval.calibrate_command",
         "choose a task's rule and settings from the table's own rows",

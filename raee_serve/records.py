@@ -43,7 +43,8 @@ class ExitDecision:
     head: where label words are biased the head that does it, see `retrieval.heads`.
     exit_head: what turns the state after the exit layer into logits; plain at full depth.
     explanation: where one was asked for and a look-up was made.
-    decided_layer: for SHADOW, the exit layer that is not run.
+    decided_layer: the exit layer that was decided where another one is run: under SHADOW, or the
+        exit point after it.
     """
 
     exit_layer: int

@@ -12,7 +12,7 @@ Of the requests that leave after a layer those with a shortcut stand last, so th
 rows, too, are the end of the tensors they leave from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -73,6 +73,23 @@ class TruncationPlan:
         every layer."""
         [first, *others] = self.stages
         return not others and first.kept_rows is None and self.row_order is None
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TruncationPlan":
+        """The plan with what indexes other tensors taken by `move` to where these are.
+
+        `query_start_loc` stays: attention wants it on both sides.
+        """
+
+        def there(indices: torch.Tensor | None) -> torch.Tensor | None:
+            return None if indices is None else move(indices)
+
+        return replace(
+            self,
+            stages=tuple(replace(s, kept_rows=there(s.kept_rows)) for s in self.stages),
+            request_order=there(self.request_order),
+            row_order=there(self.row_order),
+            row_place=there(self.row_place),
+        )
 
 
 def plan_truncation(

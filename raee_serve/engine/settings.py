@@ -1,12 +1,15 @@
 """What the extension asks of vLLM, and how a request says its exit layer."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from raee_serve.engine.segments import parse_count
 from raee_serve.errors import RaeeError
+from raee_serve.exit_points import checked_points, even_points
 from raee_serve.records import EXIT_HEADS, ExitHead
 from raee_serve.shortcuts import Shortcuts
 
@@ -19,16 +22,22 @@ EXIT_HEAD_KEY = "raee_exit_head"
 """The same for its exit head, one of `EXIT_HEADS`; without it the head is plain."""
 
 SCHEDULER_CLS = "raee_serve.engine.scheduler.truncating_scheduler"
-WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
+CPU_WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
+GPU_WORKER_CLS = "raee_serve.engine.gpu_worker.TruncatingGPUWorker"
+WORKERS = (CPU_WORKER_CLS, GPU_WORKER_CLS)
 
 KV_SEGMENTS_KEY = "raee_kv_segments"
 """Key of vLLM's `additional_config`: depth segments of the KV cache, a number or "auto"."""
 SHORTCUTS_KEY = "raee_shortcuts"
 """Another: path of the exit shortcuts' file."""
+EXIT_POINTS_KEY = "raee_exit_points"
+"""Another: the layers between which CUDA graphs are captured, a list."""
 
 
 def engine_options(
-    kv_segments: int | Literal["auto"] = 1, shortcuts: str | Path | None = None
+    kv_segments: int | Literal["auto"] = 1,
+    shortcuts: str | Path | None = None,
+    exit_points: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Engine arguments that switch truncated execution on, for `vllm.LLM(model, **options)`.
 
@@ -36,31 +45,46 @@ def engine_options(
         reaches; "auto" takes the number from the model. 1 leaves vLLM's cache as it is.
         Raises `ValueError` for anything else.
     shortcuts: file of `raee-serve shortcuts fit`, for requests whose exit head is "shortcut".
+    exit_points: layers after which requests leave steps that run as CUDA graphs; other exits are
+        exact too, but without graphs. None for some at equal distances. On CPU without effect.
 
     The named classes are imported by vLLM itself, so an installation that cannot load them
     stops the engine instead of serving vanilla vLLM (invariant 6 of docs/architecture.md).
-    Compilation is off: it gains nothing on CPU and adds a minute to every start.
+    On CPU compilation is off: there it gains nothing and adds a minute to every start.
 
     With RAEE_OFF=1 the engine is vLLM's own, and exit layers have no effect.
     """
+    options: dict[str, Any] = {} if on_cuda() else {"enforce_eager": True}
     if is_off():
-        return {"enforce_eager": True}
-    options: dict[str, Any] = {
-        "scheduler_cls": SCHEDULER_CLS,
-        "worker_cls": WORKER_CLS,
-        "enforce_eager": True,
-    }
+        return options
+    options["scheduler_cls"] = SCHEDULER_CLS
+    options["worker_cls"] = GPU_WORKER_CLS if on_cuda() else CPU_WORKER_CLS
     additional: dict[str, Any] = {}
     if (count := parse_count(kv_segments)) != 1:
         additional[KV_SEGMENTS_KEY] = count
     if shortcuts is not None:
         additional[SHORTCUTS_KEY] = str(Path(shortcuts).absolute())
+    if exit_points is not None:
+        additional[EXIT_POINTS_KEY] = list(exit_points)
     return options | ({"additional_config": additional} if additional else {})
+
+
+def on_cuda() -> bool:
+    """Whether engines run on CUDA: by what torch was built for, since asking a device opens it."""
+    return torch.version.cuda is not None
 
 
 def kv_segments(additional_config: Mapping[str, Any]) -> int | Literal["auto"]:
     """The depth segments asked for in vLLM's `additional_config`; 1 when it names none."""
     return parse_count(additional_config.get(KV_SEGMENTS_KEY, 1))
+
+
+def exit_points(additional_config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The exit points asked for in vLLM's `additional_config`, full depth among them; some at
+    equal distances when it names none. Raises RaeeError for a layer the model does not have.
+    """
+    points = additional_config.get(EXIT_POINTS_KEY)
+    return even_points(num_layers) if points is None else checked_points(points, num_layers)
 
 
 def shortcuts_of(additional_config: Mapping[str, Any]) -> Shortcuts | None:

@@ -1,68 +1,18 @@
 """CPU worker that hands each step's exit layers to the model."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from raee_serve.checkpoints import local_checkpoint
-from raee_serve.engine.compat import check_engine
-from raee_serve.engine.kv_cache import split_by_depth
-from raee_serve.engine.models import SUPPORTED
-from raee_serve.engine.models.truncated import TruncatedExecution
-from raee_serve.engine.settings import SHORTCUTS_KEY, kv_segments, shortcuts_of
-from raee_serve.fingerprint import identify_backbone
-from raee_serve.shortcuts import Shortcut
+from raee_serve.engine.truncating_worker import TruncatingWorker
 from raee_serve_patches.seeded_chunks import undrawn_while_incomplete
-from raee_serve_patches.v1_step import V1Step
 
 
-class TruncatingCPUWorker(CPUWorker):
+class TruncatingCPUWorker(TruncatingWorker, CPUWorker):
     """vLLM's CPU worker; the step it runs is open to the model while it runs."""
 
-    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        check_engine(vllm_config)
-        super().__init__(vllm_config, *args, **kwargs)
-
-    def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)
-        num_layers = self.model_config.get_total_num_hidden_layers()
-        self.step = V1Step(self.model_runner, num_layers)
-        model = _truncated_model(self.model_runner.get_model())
-        model.attach(self.step, self._shortcuts())
-
-    def _shortcuts(self) -> Mapping[int, Shortcut]:
-        """The engine's exit shortcuts. Raises TableError, a BindingError for another backbone's."""
-        shortcuts = shortcuts_of(self.vllm_config.additional_config)
-        if shortcuts is None:
-            return {}
-        backbone = identify_backbone(local_checkpoint(self.model_config.model))
-        shortcuts.check_backbone(backbone, self.vllm_config.additional_config[SHORTCUTS_KEY])
-        return shortcuts.to(self.device, self.model_config.dtype).by_layer
-
-    def get_kv_cache_spec(self) -> dict[str, Any]:
-        return split_by_depth(
-            super().get_kv_cache_spec(),
-            self.model_config.get_total_num_hidden_layers(),
-            kv_segments(self.vllm_config.additional_config),
-        )
-
-    def execute_model(self, scheduler_output: Any) -> Any:
-        with self.step.running(scheduler_output):
-            return super().execute_model(scheduler_output)
-
     def sample_tokens(self, grammar_output: Any) -> Any:
+        if self.use_v2_model_runner:
+            return super().sample_tokens(grammar_output)
         with undrawn_while_incomplete(self.model_runner):
             return super().sample_tokens(grammar_output)
-
-
-def _truncated_model(model: Any) -> TruncatedExecution:
-    """The part of the loaded model that runs plans. Raises `RuntimeError` if there is none."""
-    for module in model.modules():
-        if isinstance(module, TruncatedExecution):
-            return module
-    raise RuntimeError(
-        f"raee-serve: the loaded model {type(model).__name__} cannot run truncated. Either its "
-        f"architecture is not among {sorted(SUPPORTED)}, or the plug-in did not load: look "
-        "for 'Failed to load plugin raee' above, and keep 'raee' in VLLM_PLUGINS if it is set."
-    )

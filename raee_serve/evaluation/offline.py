@@ -19,6 +19,7 @@ from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.baselines import Answers, baselines
 from raee_serve.evaluation.offline_report import as_json, as_tables
 from raee_serve.evaluation.probed import KnownVectors, ProbeCache, ProbedTask
+from raee_serve.exit_points import parse_points
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.aggregate import RULES, rule_named
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
@@ -92,6 +93,7 @@ def evaluate(
         max_distance=settings.max_distance,
         fraction=settings.fraction,
         vote_weight=settings.vote_weight,
+        exit_points=settings.exit_points,
     )
     for task in tasks:
         prompts = asked[task.name]
@@ -132,10 +134,16 @@ def _server_flags(rest: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vote-weight", type=float)
     parser.add_argument("--max-distance", type=float)
     parser.add_argument("--encoder")
+    parser.add_argument("--exit-points", type=_points, default=())
     own, other = parser.parse_known_args(rest)
     if other:
         raise RaeeError(f"{' '.join(other)} is for a server, which --offline does without")
     return own
+
+
+def _points(text: str) -> tuple[int, ...]:
+    """The layers at which exits are decided; without a server there is no reason for `auto`."""
+    return () if text == "any" else parse_points(text)
 
 
 def _check(tasks: Sequence[Task], metadata: TableMetadata, uri: str) -> None:

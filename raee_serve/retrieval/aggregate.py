@@ -11,7 +11,7 @@ Arrays may carry leading batch dimensions, written `...`; k neighbours, nearest 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,31 +71,52 @@ def share_of(rule: Rule, fraction: float, quality: float) -> float:
 
 
 def decide(
-    rule: Rule, evidence: NDArray, distances: NDArray, *, fraction: float = DEFAULT_FRACTION
+    rule: Rule,
+    evidence: NDArray,
+    distances: NDArray,
+    *,
+    fraction: float = DEFAULT_FRACTION,
+    points: Sequence[int] = (),
 ) -> tuple[int, int] | None:
     """The exit layer (1..num_layers) and head (position in evidence) for one prompt.
 
-    `None` without any evidence. evidence: [k, num_heads, num_layers]; distances: [k]. Raises as
-    `exits`.
+    `None` without any evidence. evidence: [k, num_heads, num_layers]; distances: [k]; points and
+    what is raised: as in `exits`.
     """
-    layer, head = (int(part) for part in exits(rule, evidence, distances, fraction=fraction))
+    layer, head = (
+        int(part) for part in exits(rule, evidence, distances, fraction=fraction, points=points)
+    )
     return None if layer == NO_EVIDENCE else (layer, head)
 
 
 def exits(
-    rule: Rule, evidence: NDArray, distances: NDArray, *, fraction: float = DEFAULT_FRACTION
+    rule: Rule,
+    evidence: NDArray,
+    distances: NDArray,
+    *,
+    fraction: float = DEFAULT_FRACTION,
+    points: Sequence[int] = (),
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The exit of each prompt in the batch: layers [...], 1..num_layers or NO_EVIDENCE, and heads.
 
-    The rule chooses a layer by its best head. Raises RaeeError for shapes that do not fit, or a
-    fraction outside (0, 1].
+    The rule chooses a layer by its best head. points: the layers that may be chosen, num_layers
+    among them; where the rule wants another, it chooses again from the points after that one,
+    and takes full depth when nothing speaks for any of them.
+    Raises RaeeError for shapes that do not fit, or a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise RaeeError(f"fraction {fraction} is not within (0, 1]")
     if evidence.shape[:-2] != distances.shape or 0 in evidence.shape[-3:]:
         raise RaeeError(f"evidence {evidence.shape} does not fit distances {distances.shape}")
     scores = exit_scores(rule, evidence, distances)
-    layers = rule.choose(scores.max(axis=-2), fraction)
+    best = scores.max(axis=-2)
+    layers = rule.choose(best, fraction)
+    if points:
+        places = np.arange(best.shape[-1])
+        allowed = np.isin(places + 1, points) & (places >= layers[..., None])
+        best = np.where(allowed, best, -1.0)
+        speaks = best.max(axis=-1) > 0
+        layers = np.where(speaks, rule.choose(best, fraction), places[-1])
     at_layer = np.take_along_axis(scores, layers[..., None, None], axis=-1)[..., 0]
     found = evidence.any(axis=(-1, -2, -3))
     return np.where(found, 1 + layers, NO_EVIDENCE), at_layer.argmax(axis=-1)

@@ -6,7 +6,7 @@ ranks exits and settings, and says less of text that a model goes on with by its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +49,9 @@ class FreeTextLeaveOneOut:
         """[n] exit layer of each row, 1..num_layers."""
         return self._exits(choice)[0]
 
-    def outcome(self, choice: RuleChoice) -> Outcome:
-        layers, heads = self._exits(choice)
+    def outcome(self, choice: RuleChoice, points: Sequence[int] = ()) -> Outcome:
+        """points: see `aggregate.exits`."""
+        layers, heads = self._exits(choice, points)
         own = self._quality[np.arange(self.num_rows), heads, layers - 1]
         depth = float(layers.mean() / self.num_layers)
         full = float(self._quality[:, 0, -1].mean())
@@ -71,6 +72,8 @@ class FreeTextLeaveOneOut:
                 what = f"layer {at + 1} for all, {head}"
                 yield (at + 1) / self.num_layers, float(kept[place, at]), what
 
-    def _exits(self, choice: RuleChoice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _exits(
+        self, choice: RuleChoice, points: Sequence[int] = ()
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         evidence = self._quality if choice.rule == QUALITY else self._evidence
-        return row_exits(self._nearest, self._similarities, evidence, choice)
+        return row_exits(self._nearest, self._similarities, evidence, choice, points)

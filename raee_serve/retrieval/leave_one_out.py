@@ -74,17 +74,28 @@ class LeaveOneOut:
         self._stacked = stacked(label_logprobs, golds, self._votes.log_votes(VOTE_K["stacked"]))
 
     def outcomes(
-        self, rule: str, k: int, vote_weight: float, fractions: Sequence[float]
+        self,
+        rule: str,
+        k: int,
+        vote_weight: float,
+        fractions: Sequence[float],
+        points: Sequence[int] = (),
     ) -> Iterator[Outcome]:
-        """One outcome for each fraction."""
+        """One outcome for each fraction; points: see `aggregate.exits`."""
         heads = [self._head(name, vote_weight) for name in RULES[rule].heads]
         evidence = self._evidence(rule, k, vote_weight)
         right = np.stack([self._right(head, k) for head in heads], axis=1)
         for fraction in fractions:
             choice = RuleChoice(rule, k, fraction, vote_weight)
-            layers, chosen = self._exits(evidence, choice)
+            layers, chosen = self._exits(evidence, choice, points)
             correct = right[np.arange(self.num_rows), chosen, layers - 1]
             yield Outcome(choice, float(correct.mean()), float(layers.mean() / self.num_layers))
+
+    def outcome(self, choice: RuleChoice, points: Sequence[int] = ()) -> Outcome:
+        """points: see `aggregate.exits`."""
+        about = choice.rule, choice.k, choice.vote_weight, [choice.fraction]
+        [outcome] = self.outcomes(*about, points)
+        return outcome
 
     def layers(self, choice: RuleChoice) -> NDArray[np.int64]:
         """[n] exit layer of each row, 1..num_layers."""
@@ -126,9 +137,10 @@ class LeaveOneOut:
         return np.stack([label_evidence(own, self._golds) for own in scores], axis=1)
 
     def _exits(
-        self, evidence: NDArray[np.float32], choice: RuleChoice
+        self, evidence: NDArray[np.float32], choice: RuleChoice, points: Sequence[int] = ()
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return row_exits(self._votes.nearest, self._votes.similarities, evidence, choice)
+        votes = self._votes
+        return row_exits(votes.nearest, votes.similarities, evidence, choice, points)
 
     def _head(self, name: HeadName, vote_weight: float) -> Head:
         if name == "plain":
@@ -160,14 +172,18 @@ def row_exits(
     similarities: NDArray[np.float32],
     evidence: NDArray[np.float32],
     choice: RuleChoice,
+    points: Sequence[int] = (),
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[n] layers (full depth without evidence), [n] heads; block by block to bound memory."""
+    """[n] layers (full depth without evidence), [n] heads; block by block to bound memory.
+
+    points: see `aggregate.exits`.
+    """
     rule, layers, heads = rule_named(choice.rule), [], []
     share = share_of(rule, choice.fraction, choice.quality)
     for start in range(0, len(nearest), BLOCK):
         near = nearest[start : start + BLOCK, : choice.k]
         distances = 1 - similarities[start : start + BLOCK, : choice.k]
-        layer, head = exits(rule, evidence[near], distances, fraction=share)
+        layer, head = exits(rule, evidence[near], distances, fraction=share, points=points)
         layers.append(np.where(layer == NO_EVIDENCE, evidence.shape[2], layer))
         heads.append(head)
     return np.concatenate(layers), np.concatenate(heads)

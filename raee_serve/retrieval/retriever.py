@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError, TableError
+from raee_serve.exit_points import checked_points
 from raee_serve.explanation import Explanation, Neighbour
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import ExitDecision, ExitHead, Reason
@@ -86,7 +87,9 @@ class ExitRetriever:
         search: Search,
         table_version: int,
         table_state: str,
+        exit_points: tuple[int, ...] = (),
     ) -> None:
+        self._exit_points = exit_points
         self.observe: Callable[[LookupCost], None] = lambda _: None
         self.table_version, self.table_state = table_version, table_state
         self.encoder_identity = metadata.encoder
@@ -129,6 +132,7 @@ class ExitRetriever:
         encoder_backend: str = DEFAULT_BACKEND,
         rows_in_memory_mb: float = ROWS_IN_MEMORY_MB,
         old: ExitRetriever | None = None,
+        exit_points: Sequence[int] = (),
     ) -> ExitRetriever:
         """Loads a table and its encoder (`encoder` overrides where that is found, or is it).
 
@@ -139,6 +143,7 @@ class ExitRetriever:
         encoder_backend: see `Encoder`. rows_in_memory_mb: see ROWS_IN_MEMORY_MB; a larger table is
         searched through its index.
         old: a retriever whose encoder, with the vectors it remembers, is taken over as it is.
+        exit_points: the layers at which exits are decided, see `exit_points`; none for any.
         Raises TableError if the table is missing, corrupt or empty, or large and without an index,
         BindingError if it belongs to another backbone, encoder or prompt template or to other
         shortcuts, CheckpointError if the encoder is missing.
@@ -179,7 +184,11 @@ class ExitRetriever:
             for name in filled
         }
         search = _search(table, indexes)
-        return cls(cache, encoder_backend, metadata, indexes, search, table.version, table.state)
+        points: tuple[int, ...] = ()
+        if exit_points:
+            points = checked_points(exit_points, metadata.backbone.num_layers)
+        about = table.version, table.state, points
+        return cls(cache, encoder_backend, metadata, indexes, search, *about)
 
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
@@ -271,6 +280,12 @@ class ExitRetriever:
         chosen = decide(rule, evidence, distances, fraction=share)
         if chosen is None:
             return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **about)
+        wanted = skipped + chosen[0]
+        if self._exit_points and wanted not in self._exit_points:
+            points = [point - skipped for point in self._exit_points if point > skipped]
+            chosen = decide(rule, evidence, distances, fraction=share, points=points)
+            assert chosen is not None
+            about["decided_layer"] = wanted
         head, layer = heads[chosen[1]], skipped + chosen[0]
         if rule is QUALITY_RULE:
             return ExitDecision(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "when asked to, by POST /v1/raee/reload)",
     )
     parser.add_argument(
+        "--exit-points",
+        metavar="N,N,...|auto|any",
+        help="layers at which exits are decided, full depth among them; CUDA graphs are captured "
+        "between them. auto chooses some by the exits of the table's rows (raee-serve table "
+        "points) (default: auto on CUDA with a table, else any)",
+    )
+    parser.add_argument(
         "--kv-segments",
         default="1",
         metavar="N|auto",
@@ -129,6 +137,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         quality=args.quality,
         shortcuts_file=args.shortcuts_file,
     )
+    settings = replace(settings, exit_points=_exit_points(args.exit_points, settings))
     safety, surface = valves.Valves.of(args), access.Access.of(args)
     options = _engine_options(args, settings)
     import uvloop
@@ -151,6 +160,24 @@ def _tell(name: str, backbone: BackboneIdentity, kv_cache_bytes: int | None) -> 
     print(f"raee-serve: backbone {name} ({layers}){size}", flush=True)
 
 
+def _exit_points(asked: str | None, settings: DepthSettings) -> tuple[int, ...]:
+    """What `--exit-points` asks for; none for any layer. Raises RaeeError for what is not one."""
+    from raee_serve.engine.settings import is_off, on_cuda
+    from raee_serve.exit_points import parse_points
+
+    if asked is None:
+        by_table = on_cuda() and settings.table is not None and not is_off()
+        asked = "auto" if by_table else "any"
+    fixed = settings.exit_layer or ""
+    if asked == "any":
+        return (int(fixed),) if fixed.isdecimal() else ()
+    if asked == "auto" and settings.table is not None:
+        from raee_serve.retrieval.points_command import points_of
+
+        return points_of(settings.table)
+    return parse_points(asked)
+
+
 def _engine_options(args: argparse.Namespace, settings: DepthSettings) -> dict[str, Any]:
     from raee_serve.engine.segments import parse_count
     from raee_serve.engine.settings import engine_options
@@ -158,7 +185,9 @@ def _engine_options(args: argparse.Namespace, settings: DepthSettings) -> dict[s
 
     shortcuts = find_shortcuts(settings.table, settings.shortcuts_file)
     try:
-        return engine_options(parse_count(args.kv_segments), shortcuts)
+        return engine_options(
+            parse_count(args.kv_segments), shortcuts, settings.exit_points or None
+        )
     except ValueError as error:
         raise RaeeError(f"--kv-segments: {error}") from error
 

@@ -158,6 +158,7 @@ class TableLoader:
             encoder_backend=settings.encoder_backend,
             rows_in_memory_mb=settings.rows_in_memory_mb,
             old=self._retriever,
+            exit_points=settings.exit_points,
         )
         self._valves.check(retriever.num_layers, retriever.tasks)
         rules = (f"{n} {retriever.rule_for(n, settings.rule)}" for n in retriever.tasks)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from raee_serve.records import ExitDecision
+from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.cost import LookupCost
 
 LOOKUP_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -42,6 +42,11 @@ class DecisionMetrics:
         )
         self._layers_saved = counter(
             "layers_saved", "Layers that prompts did not run, one count a prompt.", "task"
+        )
+        self._point_layers = counter(
+            "exit_point_layers",
+            "Layers that prompts ran beyond the exit decided for them, up to an exit point.",
+            "task",
         )
         self._lookup = histogram(
             "lookup_seconds", "Time that a prompt waited for its look-up.", LOOKUP_BUCKETS_S
@@ -86,7 +91,11 @@ class DecisionMetrics:
             self._exit_head.labels(decision.exit_head, task).inc()
             self._layers_saved.labels(task).inc(decision.num_layers - decision.exit_layer)
             if decision.decided_layer is not None:
-                self._shadow_exit_layer.labels(task).observe(decision.decided_layer)
+                if decision.reason is Reason.SHADOW:
+                    self._shadow_exit_layer.labels(task).observe(decision.decided_layer)
+                else:
+                    extra = decision.exit_layer - decision.decided_layer
+                    self._point_layers.labels(task).inc(extra)
             if decision.lookup_ms:
                 self._lookup.observe(decision.lookup_ms / 1000)
 

@@ -19,6 +19,7 @@ class DepthSettings:
     watch_table: seconds between looks at whether the table has changed; None for never.
     k, rule, fraction, vote_weight, quality, encoder, max_distance: None leaves them to the table.
     shortcuts_file: exit shortcuts; None for those beside the table, if there are any.
+    exit_points: the layers at which exits are decided; none for any.
     encoder_backend, rows_in_memory_mb: see `ExitRetriever.open`.
     """
 
@@ -36,6 +37,7 @@ class DepthSettings:
     rows_in_memory_mb: float = ROWS_IN_MEMORY_MB
     quality: float | None = None
     shortcuts_file: str | None = None
+    exit_points: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.table is None) == (self.exit_layer is None):

@@ -54,6 +54,21 @@ def test_exit_is_a_layer_that_answers_some_neighbour(rule, case):
         assert evidence[:, layer - 1].any()
 
 
+@given(rules, neighbours(), st.sets(st.integers(1, 8)))
+def test_points_are_at_or_after_the_exit_wanted(rule, case, inner):
+    evidence, distances = case
+    num_layers = evidence.shape[1]
+    points = sorted({p for p in inner if p < num_layers} | {num_layers})
+    free = decide(rule, evidence, distances)
+    at_point = decide(rule, evidence, distances, points=points)
+    if free is None:
+        assert at_point is None
+    else:
+        assert at_point in points and at_point >= free
+        assert at_point == free or free not in points
+        assert at_point == num_layers or evidence[:, at_point - 1].any()
+
+
 @given(rules, neighbours())
 def test_a_wrong_neighbour_changes_nothing_unless_it_is_nearest(rule, case):
     evidence, distances = case

@@ -1,13 +1,24 @@
 """What cannot run truncated yet is refused at start-up, by name."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import CompilationMode
 from vllm.engine.arg_utils import EngineArgs
 
-from raee_serve.engine.compat import UnsupportedError, check_engine
-from raee_serve.engine.settings import engine_options
+from raee_serve.engine import compat
+from raee_serve.engine.compat import UnsupportedError, check_attention, check_engine
+from raee_serve.engine.settings import (
+    CPU_WORKER_CLS,
+    GPU_WORKER_CLS,
+    SCHEDULER_CLS,
+    engine_options,
+    exit_points,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -71,3 +82,85 @@ def test_model_runner_v2_is_named(smollm2, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises((UnsupportedError, ValueError), match=r"(?i)model runner v2"):
         check_engine(config(smollm2))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """As on a machine with a GPU, as far as checks can tell."""
+    platform = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False, device_name="cuda")
+    monkeypatch.setattr(compat, "current_platform", platform)
+
+
+def cuda_config(smollm2, monkeypatch, runner="1", **changes):
+    changed = config(smollm2, worker_cls=GPU_WORKER_CLS, **changes)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    return changed
+
+
+def test_v2_on_cuda_passes_compiled_or_not(smollm2, cuda, monkeypatch):
+    changed = cuda_config(smollm2, monkeypatch)
+    for mode in (CompilationMode.NONE, CompilationMode.VLLM_COMPILE):
+        changed.compilation_config.mode = mode
+        check_engine(changed)
+
+
+def test_model_runner_v1_on_cuda_is_named(smollm2, cuda, monkeypatch):
+    with pytest.raises(UnsupportedError, match="model runner V1 on CUDA; set VLLM_USE_V2"):
+        check_engine(cuda_config(smollm2, monkeypatch, runner="0"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"enable_lora": True}, "LoRA"),
+        ({"worker_cls": CPU_WORKER_CLS}, "gpu_worker.TruncatingGPUWorker"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallel size 2"),
+        ({"kv_transfer_config": CONNECTOR}, "KV connectors"),
+    ],
+    ids=["lora", "worker", "pipeline", "connector"],
+)
+def test_what_cuda_cannot_run_is_named(smollm2, cuda, monkeypatch, changes, named):
+    changed = config(smollm2, **{"worker_cls": GPU_WORKER_CLS, **changes})
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(UnsupportedError, match=named):
+        check_engine(changed)
+
+
+def test_what_only_v2_has_is_named(smollm2, cuda, monkeypatch):
+    changed = cuda_config(smollm2, monkeypatch)
+    changed.compilation_config.mode = CompilationMode.STOCK_TORCH_COMPILE
+    changed.parallel_config.decode_context_parallel_size = 2
+    changed.offload_config.prefetch.offload_group_size = 8
+    named = r"compilation mode .*; context parallel .*; weights that are fetched ahead"
+    with pytest.raises(UnsupportedError, match=named):
+        check_engine(changed)
+
+
+def test_other_platforms_are_named(smollm2, monkeypatch):
+    platform = SimpleNamespace(is_cuda=lambda: False, is_cpu=lambda: False, device_name="tpu")
+    monkeypatch.setattr(compat, "current_platform", platform)
+    with pytest.raises(UnsupportedError, match="platform tpu; allowed: cpu, cuda"):
+        check_engine(config(smollm2))
+
+
+@pytest.mark.parametrize("name", ["FLASHINFER", "FLEX_ATTENTION"])
+def test_attention_that_plans_on_the_host_is_named(monkeypatch, name):
+    backend = SimpleNamespace(get_name=lambda: name)
+    layers = {"layers.0": SimpleNamespace(get_attn_backend=lambda: backend)}
+    monkeypatch.setattr(compat, "get_layers_from_vllm_config", lambda *_: layers)
+    with pytest.raises(UnsupportedError, match=rf"{name}; allowed: FLASH_ATTN, TRITON_ATTN"):
+        check_attention(None)
+
+
+def test_options_are_those_of_the_torch_build(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    options = engine_options(exit_points=[4, 8])
+    assert options["worker_cls"] == GPU_WORKER_CLS and "enforce_eager" not in options
+    assert exit_points(options["additional_config"], 12) == (4, 8, 12)
+    assert exit_points({}, 12)[-1] == 12
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert engine_options() == {
+        "scheduler_cls": SCHEDULER_CLS,
+        "worker_cls": CPU_WORKER_CLS,
+        "enforce_eager": True,
+    }

@@ -240,3 +240,19 @@ def test_unequal_lengths_are_refused():
 def test_wanted_length_out_of_range_is_named(wanted):
     with pytest.raises(ValueError, match=r"wanted lengths .* allowed: 1\.\.\[1, 2\]"):
         plan_truncation([1, 2], [1, 2], NUM_LAYERS, wanted)
+
+
+@given(batches())
+def test_a_moved_plan_is_the_same_with_its_indices_elsewhere(requests):
+    plan = planned(requests)
+    if plan is None:
+        return
+    moved = plan.moved(lambda indices: indices + 100)
+    for name in ("request_order", "row_order", "row_place"):
+        before, after = getattr(plan, name), getattr(moved, name)
+        assert after is None if before is None else torch.equal(after, before + 100)
+    for before, after in zip(plan.stages, moved.stages, strict=True):
+        assert (after.num_kept, after.num_shortcut) == (before.num_kept, before.num_shortcut)
+        assert after.query_start_loc is before.query_start_loc
+        if before.kept_rows is not None:
+            assert torch.equal(after.kept_rows, before.kept_rows + 100)

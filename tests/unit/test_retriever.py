@@ -258,6 +258,30 @@ def test_the_rule_reads_no_layer_before_the_least(retriever):
     assert retriever.decide([both])[0].exit_layer == SPITE_LAYER
 
 
+@pytest.mark.parametrize(("points", "expected"), [((3,), (4, 3)), ((2, 3), (2, 3)), ((1,), (4, 4))])
+def test_exits_are_decided_at_exit_points(uri, points, expected):
+    """Nothing speaks for praise after its own layer, so it goes on to full depth."""
+    retriever = ExitRetriever.open(uri, backbone=BACKBONE, exit_points=points)
+    praise, spite = retriever.decide([sst2(t[0], rule="earliest", k=4) for t in (PRAISE, SPITE)])
+    assert (praise.exit_layer, spite.exit_layer) == expected
+    wanted = {PRAISE_LAYER: praise, SPITE_LAYER: spite}
+    for layer, decision in wanted.items():
+        assert decision.reason == Reason.RETRIEVED
+        assert decision.decided_layer == (None if decision.exit_layer == layer else layer)
+
+
+def test_exit_points_bring_the_bias_of_the_layer_that_runs(uri, monkeypatch):
+    monkeypatch.setattr(ExitRetriever, "_label_bias", lambda _, head, layer, *rest: (layer,))
+    retriever = ExitRetriever.open(uri, backbone=BACKBONE, exit_points=[4])
+    (decision,) = retriever.decide([sst2(PRAISE[0], rule="fused")])
+    assert (decision.exit_layer, decision.label_bias) == (4, (4,))
+
+
+def test_exit_points_outside_the_backbone_are_named(uri):
+    with pytest.raises(RaeeError, match=r"exit points are \[5\]; allowed: layers 1\.\.4"):
+        ExitRetriever.open(uri, backbone=BACKBONE, exit_points=[5])
+
+
 def test_a_least_layer_brings_the_bias_of_the_layer_that_runs(retriever, monkeypatch):
     monkeypatch.setattr(ExitRetriever, "_label_bias", lambda _, head, layer, *rest: (layer,))
     lookups = [sst2("a film", rule="fused", k=8, min_layer=n) for n in (1, 3)]

@@ -11,8 +11,9 @@ pytestmark = pytest.mark.unit
 SYMBOL = "vllm.v1.request:Request.update_block_hashes"
 
 
-def test_installed_vllm_passes():
-    check_seams()
+@pytest.mark.parametrize("model_runner", [1, 2])
+def test_installed_vllm_passes(model_runner):
+    check_seams(model_runner)
     depth_kv_cache.SEAM.check()
 
 

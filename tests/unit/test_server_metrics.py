@@ -65,6 +65,15 @@ def test_a_shadowed_decision_saves_nothing():
     assert registry.get_sample_value("raee_shadow_exit_layer_sum", {"task": "sst2"}) == 4
 
 
+def test_layers_up_to_an_exit_point_are_counted():
+    registry = CollectorRegistry()
+    at_point = ExitDecision(8, 30, Reason.RETRIEVED, task="sst2", decided_layer=5)
+    DecisionMetrics(30, registry).record([at_point])
+    assert registry.get_sample_value("raee_exit_point_layers_total", {"task": "sst2"}) == 3
+    assert registry.get_sample_value("raee_layers_saved_total", {"task": "sst2"}) == 22
+    assert registry.get_sample_value("raee_shadow_exit_layer_sum", {"task": "sst2"}) is None
+
+
 def metrics_in(text):
     """Names of metrics, without the suffixes that Prometheus gives to their samples."""
     names = set(re.findall(r"\b(?:raee_|vllm:)\w+", text))

@@ -68,6 +68,9 @@ class Source:
     def enter_stage(self, stage):
         pass
 
+    def replayed(self):
+        return None
+
 
 @pytest.mark.parametrize("around", [lambda text: text, Multimodal], ids=["text", "multimodal"])
 def test_rows_run_their_own_depth_once_attached(around):

@@ -1,6 +1,6 @@
 """Mix-in that lets a vLLM causal language model run truncation plans."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -8,11 +8,16 @@ from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
 from raee_serve.engine.plan import Stage, TruncationPlan
+from raee_serve.engine.settings import WORKERS
 from raee_serve.shortcuts import Shortcut
 
 
 class StepSource(Protocol):
     """Knows the plan of the step in flight; the worker provides it."""
+
+    def replayed(self) -> torch.Tensor | None:
+        """What the stack gives for this forward, where graphs captured before have computed it."""
+        ...
 
     def enter_forward(self) -> TruncationPlan | None:
         """The plan of this forward, its attention state already in place.
@@ -45,10 +50,12 @@ class TruncatedExecution:
         shortcuts: by exit layer, in the model's dtype, on its device.
 
         The stack's forward is replaced, not this model's: a multimodal model that contains this
-        one calls the stack directly.
+        one calls the stack directly. A compiled stack is entered by its compiled code and not by
+        its forward; there it is this model's.
         """
         decoder = self.model
-        vanilla_forward = decoder.forward
+        host = decoder if getattr(decoder, "do_not_compile", True) else self
+        vanilla_forward = host.forward
 
         def forward(
             input_ids: torch.Tensor | None,
@@ -57,6 +64,9 @@ class TruncatedExecution:
             inputs_embeds: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
+            hidden = source.replayed()
+            if hidden is not None:
+                return hidden
             plan = source.enter_forward()
             if plan is None:
                 return vanilla_forward(
@@ -74,4 +84,19 @@ class TruncatedExecution:
                 **kwargs,
             )
 
-        decoder.forward = forward
+        host.forward = forward
+
+    @property
+    def get_model_state_cls(self) -> Callable[[], type]:
+        """What model runner V2 calls, where a model has it, for the class of its model state.
+
+        With a worker of ours alone: else vLLM is to choose as it does for its own models.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        if config is None or config.parallel_config.worker_cls not in WORKERS:
+            raise AttributeError("get_model_state_cls")
+        from raee_serve.engine.model_state import TruncatingModelState
+
+        return lambda: TruncatingModelState

@@ -1,0 +1,103 @@
+"""`raee-serve table points`: at which layers to capture CUDA graphs, and what that costs."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from raee_serve.errors import RaeeError, TableError
+from raee_serve.exit_points import MAX_POINTS, choose_points, extra_layers
+from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
+from raee_serve.retrieval.leave_one_out import LeaveOneOut
+from raee_serve.retrieval.task_index import default_choice
+from raee_serve.table.evidence import evidence_of, free_text_quality
+from raee_serve.table.schema import RuleChoice
+from raee_serve.table.store import ExitTable
+
+DESCRIPTION = """Choose exit points for `serve --exit-points`: the layers between which decoding
+runs from CUDA graphs. Each row is asked as if the table did not hold it; the points are those at
+which the rows' exits, rounded up, run the fewest extra layers. Prints accuracy (of free text, the
+share of full depth's quality that is kept) and depth with exits at any layer and at the points."""
+
+MAX_ROWS = 2000
+"""Rows of a task that are asked, spread over all of them; time grows with their square."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskExits:
+    """One task's rows, to be asked under its own choice."""
+
+    name: str
+    rows: LeaveOneOut | FreeTextLeaveOneOut
+    choice: RuleChoice
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("table", metavar="DIR")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=MAX_POINTS,
+        metavar="N",
+        help="most points, full depth among them (default: %(default)s)",
+    )
+
+
+def run(args: Namespace) -> None:
+    """Raises TableError for a table that is unusable or holds no task of two rows or more."""
+    if args.count < 1:
+        raise RaeeError(f"--count is {args.count}; allowed: at least 1")
+    tasks, num_layers = _tasks(args.table)
+    exits = _exits(tasks)
+    points = choose_points(exits, num_layers, args.count)
+    print(f"exit points: {','.join(map(str, points))}")
+    print(f"extra layers: {extra_layers(exits, points):.2f} of {num_layers}, on average")
+    print(f"{'':12} {'any layer':>15} {'points':>15}")
+    for task in tasks:
+        free, limited = (task.rows.outcome(task.choice, p) for p in ((), points))
+        told = (f"{o.accuracy:7.3f} {o.depth:7.2f}" for o in (free, limited))
+        print(f"{task.name:12} {' '.join(told)}")
+
+
+def points_of(uri: str, count: int = MAX_POINTS) -> tuple[int, ...]:
+    """The exit points of a table. Raises as `run`."""
+    tasks, num_layers = _tasks(uri)
+    return choose_points(_exits(tasks), num_layers, count)
+
+
+def _exits(tasks: list[TaskExits]) -> Counter[int]:
+    """How many rows leave at each layer."""
+    return Counter(layer for task in tasks for layer in task.rows.layers(task.choice).tolist())
+
+
+def _tasks(uri: str) -> tuple[list[TaskExits], int]:
+    """Those of two rows or more, and the backbone's number of layers."""
+    table = ExitTable.open(uri)
+    tasks = list(_of_each(table))
+    if not tasks:
+        raise TableError(f"exit table {uri} holds no task of two rows or more; build it first")
+    return tasks, table.metadata.backbone.num_layers
+
+
+def _of_each(table: ExitTable) -> Iterator[TaskExits]:
+    num_layers = table.metadata.backbone.num_layers
+    for name, entry in table.metadata.tasks.items():
+        rows = table.rows(name)
+        if len(rows) < 2:
+            continue
+        kept = np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS)).astype(int)
+        choice = table.metadata.choices.get(name) or default_choice(entry)
+        choice = replace(choice, k=min(choice.k, len(kept) - 1))
+        if rows.golds is not None and rows.label_logprobs is not None:
+            some = rows.vectors[kept], rows.golds[kept], rows.label_logprobs[kept]
+            yield TaskExits(name, LeaveOneOut(*some), choice)
+        else:
+            evidence = evidence_of(rows, entry, num_layers)[kept]
+            quality = free_text_quality(rows, entry, num_layers)[kept]
+            own = FreeTextLeaveOneOut(rows.vectors[kept], evidence, quality)
+            yield TaskExits(name, own, choice)

@@ -1,0 +1,130 @@
+"""Model runner V2 without a GPU, in a process of its own.
+
+Its kernels are written in Triton, which has no back end for CPUs but an interpreter that runs them
+as NumPy. vLLM looks for a back end named "cpu" before it uses Triton on a CPU, so this process
+names one; it is never asked to compile anything. All else is vLLM's: its CPU worker takes this
+runner where `VLLM_USE_V2_MODEL_RUNNER` says so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+V2_ON_CPU = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+def generate_on_v2(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """What engines that start one after the other answer.
+
+    jobs: for each engine its "checkpoint", its "changes" to `tiny_engine`'s arguments and its
+        "runs", each the arguments of `generate_at` after the engine. With "graph_sizes" its
+        segments of layers are captured at these sizes, though not as CUDA graphs: a replay calls
+        the captured function again.
+    Scheduling is asynchronous unless the changes say otherwise, as vLLM has it on CUDA.
+    Returns for each run its "tokens", a list a prompt, how many "preemptions" it took, how many of
+    its steps were "replayed", and whether scheduling was "async".
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.interpreted"],
+        input=json.dumps(list(jobs)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **V2_ON_CPU},
+        check=False,
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert results, f"model runner V2 gave no result:\n{done.stderr[-6000:]}"
+    return json.loads(results[0].removeprefix("RESULT"))
+
+
+def main() -> None:
+    name_cpu_backend()
+    keep_async_scheduling()
+    print("RESULT" + json.dumps([run_engine(**job) for job in json.load(sys.stdin)]))
+
+
+def run_engine(
+    checkpoint: str,
+    runs: list[dict[str, Any]],
+    changes: dict[str, Any],
+    graph_sizes: Sequence[int] = (),
+) -> list[dict[str, Any]]:
+    from tests.engine.engines import generate_at, tiny_engine
+
+    results = []
+    with tiny_engine(Path(checkpoint), disable_log_stats=False, **changes) as llm:
+        replayed = replay_functions(llm, graph_sizes) if graph_sizes else []
+        is_async = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        for run in runs:
+            preempted = preemptions(llm)
+            replayed.clear()
+            tokens = generate_at(llm, **run)
+            results.append(
+                {
+                    "tokens": tokens,
+                    "preemptions": preemptions(llm) - preempted,
+                    "replayed": len(replayed),
+                    "async": is_async,
+                }
+            )
+    return results
+
+
+def replay_functions(llm: Any, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Capture the model's segments as functions; returns the sizes of each step replayed later."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    state = runner.model_state
+    graphs = state.segment_graphs(
+        sizes, runner.block_tables, runner.attn_groups, capture=lambda function: function
+    )
+    replayed: list[tuple[int, ...]] = []
+    run = graphs.run
+
+    def counted(step: Any, layout: Any, *args: Any) -> Any:
+        replayed.append(layout.sizes)
+        return run(step, layout, *args)
+
+    graphs.run = counted
+    state._graphs = graphs
+    return replayed
+
+
+def preemptions(llm: Any) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def name_cpu_backend() -> None:
+    """Before vLLM is imported."""
+    from triton.backends import backends
+
+    driver = SimpleNamespace(is_active=lambda: True)
+    backends.setdefault("cpu", SimpleNamespace(driver=driver, compiler=None))
+
+
+def keep_async_scheduling() -> None:
+    """Let an engine schedule a step while the one before it runs, as vLLM does on CUDA."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config.__func__
+
+    def updated(cls: type, config: Any) -> None:
+        asked = config.scheduler_config.async_scheduling
+        update(cls, config)
+        config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = classmethod(updated)
+
+
+if __name__ == "__main__":
+    main()
