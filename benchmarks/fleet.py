@@ -16,8 +16,6 @@ KV_TOKENS = 20_480
 """In each engine's KV cache: two steps of prompts, and more than 64 requests that decode."""
 OVERHEAD_BYTES = 3 << 30
 """Of an engine beside weights and KV cache: context, activations, graphs."""
-EXIT_POINTS_KEY = "raee_exit_points"
-"""Of `additional_config`: the depths that graphs are captured for."""
 ENGINE_ARGS: dict[str, Any] = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
@@ -51,8 +49,7 @@ class Machinery:
         """An engine that is starting: vanilla vLLM, or this where it has exit points."""
         options: dict[str, Any] = {}
         if exit_points is not None:
-            points = {"additional_config": {EXIT_POINTS_KEY: list(exit_points)}}
-            options = {**engine_options(), **points, **self.settings}
+            options = {**engine_options(exit_points=exit_points), **self.settings}
         log = None if self.logs is None else self.logs / f"{name.replace(' ', '-')}.log"
         return EngineProcess(name, {**engine, **self.settings}, options, self.environment, log=log)
 

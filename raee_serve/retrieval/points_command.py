@@ -13,8 +13,8 @@ from raee_serve.errors import RaeeError, TableError
 from raee_serve.exit_points import MAX_POINTS, choose_points, extra_layers
 from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.leave_one_out import LeaveOneOut
-from raee_serve.retrieval.task_index import default_choice
-from raee_serve.table.evidence import evidence_of, free_text_quality
+from raee_serve.retrieval.left_out import left_out
+from raee_serve.retrieval.task_index import choice_of
 from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
 
@@ -90,14 +90,7 @@ def _of_each(table: ExitTable) -> Iterator[TaskExits]:
         rows = table.rows(name)
         if len(rows) < 2:
             continue
-        kept = np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS)).astype(int)
-        choice = table.metadata.choices.get(name) or default_choice(entry)
+        kept = rows.at(np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS)).astype(int))
+        choice = choice_of(table.metadata, entry)
         choice = replace(choice, k=min(choice.k, len(kept) - 1))
-        if rows.golds is not None and rows.label_logprobs is not None:
-            some = rows.vectors[kept], rows.golds[kept], rows.label_logprobs[kept]
-            yield TaskExits(name, LeaveOneOut(*some), choice)
-        else:
-            evidence = evidence_of(rows, entry, num_layers)[kept]
-            quality = free_text_quality(rows, entry, num_layers)[kept]
-            own = FreeTextLeaveOneOut(rows.vectors[kept], evidence, quality)
-            yield TaskExits(name, own, choice)
+        yield TaskExits(name, left_out(kept, entry, num_layers), choice)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,6 +75,16 @@ class TaskRows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def at(self, places: Sequence[int] | NDArray[np.int64]) -> TaskRows:
+        """The rows at these places, in their order."""
+        taken: dict[str, Any] = {}
+        for column in fields(self):
+            values = getattr(self, column.name)
+            if values is not None:
+                is_list = isinstance(values, list)
+                taken[column.name] = [values[i] for i in places] if is_list else values[places]
+        return TaskRows(**taken)
 
 
 @dataclass(frozen=True, slots=True)

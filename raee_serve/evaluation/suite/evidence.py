@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from raee_serve.evaluation.suite.findings import Findings, Row
-from raee_serve.evaluation.suite.material import Material, part_of
+from raee_serve.evaluation.suite.material import Material
 from raee_serve.evaluation.suite.scores import averaged, decided
 from raee_serve.table.schema import TaskRows
 
@@ -25,9 +25,8 @@ def run(material: Material) -> Findings:
     for position, kind in enumerate(KINDS if tasks else ()):
         rng = np.random.default_rng(material.source.seed)
         chosen = {
-            task.name: part_of(
-                material.rows(task),
-                np.sort(rng.permutation(parts[task.name][position])[: sizes[task.name]]),
+            task.name: material.rows(task).at(
+                np.sort(rng.permutation(parts[task.name][position])[: sizes[task.name]])
             )
             for task in tasks
         }

@@ -94,7 +94,7 @@ class Material:
         rows, too."""
         rows = self.rows(task)
         order = np.random.default_rng(self.source.seed).permutation(len(rows))
-        return part_of(rows, np.sort(order[:most]))
+        return rows.at(np.sort(order[:most]))
 
     def texts(self, task: Task, rows: TaskRows) -> list[str]:
         """Of rows of the table, found again by their ids. Raises TaskError unless the data holds
@@ -150,14 +150,3 @@ class Material:
             table.put_task(self.table.metadata.tasks[name])
             table.add(name, own)
         return table
-
-
-def part_of(rows: TaskRows, which: Any) -> TaskRows:
-    """Rows at these positions, of a label-word task."""
-    assert rows.golds is not None and rows.label_logprobs is not None
-    return TaskRows(
-        [rows.ids[i] for i in which],
-        rows.vectors[which],
-        golds=rows.golds[which],
-        label_logprobs=rows.label_logprobs[which],
-    )
