@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.custom_op import CustomOp
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from raee_serve.engine import model_state
@@ -190,15 +190,24 @@ def test_it_is_vllms_until_it_follows():
     assert state._truncated(SimpleNamespace(req_ids=["a"])) is None
 
 
+@CustomOp.register("raee_test_operator")
+class Operator(CustomOp):
+    def forward_native(self):
+        return "for the compiler"
+
+    def forward_cpu(self):
+        return "the platform's"
+
+
 def test_operators_left_to_the_compiler_run_the_platforms_kernels():
     config = VllmConfig(compilation_config=CompilationConfig(custom_ops=["none"]))
     with set_current_vllm_config(config):
-        operator = SiluAndMul()
+        operator = Operator()
     layers = nn.Sequential(operator, nn.Linear(2, 2))
-    assert operator._forward_method == operator.forward_native
+    assert operator() == "for the compiler"
     for _ in range(2):
         use_platform_kernels(config, layers)
-        assert operator._forward_method == operator.forward_cpu
+        assert operator() == "the platform's"
 
 
 @pytest.mark.parametrize(
