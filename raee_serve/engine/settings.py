@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from raee_serve.engine.segments import parse_count
+from raee_serve.engine.segments import AUTO, parse_count
 from raee_serve.errors import RaeeError
 from raee_serve.records import EXIT_HEADS, ExitHead
 from raee_serve.shortcuts import Shortcuts
@@ -28,12 +28,12 @@ SHORTCUTS_KEY = "raee_shortcuts"
 
 
 def engine_options(
-    kv_segments: int | Literal["auto"] = 1, shortcuts: str | Path | None = None
+    kv_segments: int | Literal["auto"] = AUTO, shortcuts: str | Path | None = None
 ) -> dict[str, Any]:
     """Engine arguments that switch truncated execution on, for `vllm.LLM(model, **options)`.
 
-    kv_segments: above 1, a request holds KV blocks only for the segments of layers that it
-        reaches; "auto" takes the number from the model. 1 leaves vLLM's cache as it is.
+    kv_segments: a request holds KV blocks only for those segments of layers that it reaches;
+        "auto" takes their number from the model. 1 leaves vLLM's cache as it is.
         Raises `ValueError` for anything else.
     shortcuts: file of `raee-serve shortcuts fit`, for requests whose exit head is "shortcut".
 
@@ -51,7 +51,7 @@ def engine_options(
         "enforce_eager": True,
     }
     additional: dict[str, Any] = {}
-    if (count := parse_count(kv_segments)) != 1:
+    if (count := parse_count(kv_segments)) != AUTO:
         additional[KV_SEGMENTS_KEY] = count
     if shortcuts is not None:
         additional[SHORTCUTS_KEY] = str(Path(shortcuts).absolute())
@@ -59,8 +59,8 @@ def engine_options(
 
 
 def kv_segments(additional_config: Mapping[str, Any]) -> int | Literal["auto"]:
-    """The depth segments asked for in vLLM's `additional_config`; 1 when it names none."""
-    return parse_count(additional_config.get(KV_SEGMENTS_KEY, 1))
+    """The depth segments asked for in vLLM's `additional_config`; "auto" when it names none."""
+    return parse_count(additional_config.get(KV_SEGMENTS_KEY, AUTO))
 
 
 def shortcuts_of(additional_config: Mapping[str, Any]) -> Shortcuts | None:
