@@ -7,13 +7,14 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.engine.compat import check_engine
-from raee_serve.engine.kv_cache import split_by_depth
+from raee_serve.engine.kv_cache import is_split, split_by_depth
 from raee_serve.engine.models import SUPPORTED
 from raee_serve.engine.models.truncated import TruncatedExecution
 from raee_serve.engine.settings import SHORTCUTS_KEY, kv_segments, shortcuts_of
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.shortcuts import Shortcut
 from raee_serve_patches.seeded_chunks import undrawn_while_incomplete
+from raee_serve_patches.segment_groups import share_between_segments
 from raee_serve_patches.v1_step import V1Step
 
 
@@ -46,6 +47,11 @@ class TruncatingCPUWorker(CPUWorker):
             self.model_config.get_total_num_hidden_layers(),
             kv_segments(self.vllm_config.additional_config),
         )
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        if is_split(kv_cache_config):
+            share_between_segments(self.model_runner)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         with self.step.running(scheduler_output):
