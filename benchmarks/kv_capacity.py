@@ -137,7 +137,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"segments on, depth {depth}", flush=True)
         running[depth] = ask(on, [depth] * args.requests)["running"]
         efficiency[depth] = round(running[depth] / whole / (num_layers / depth), 3)
-    off = started(engine, engine_options())
+    off = started(engine, engine_options(kv_segments=1))
     exits = mixes(num_layers, args.requests)["six-depths"]
     answers: dict[str, list[Job]] = {"on": [], "off": []}
     for pair in range(args.pairs):

@@ -232,7 +232,7 @@ def main() -> None:
         "prefill-heavy are the same steps as 64, only fewer",
     )
     parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=MIXES)
-    parser.add_argument("--kv-segments", default="1", metavar="N|auto", help="as of `serve`")
+    parser.add_argument("--kv-segments", default="auto", metavar="N|auto", help="as of `serve`")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args()
     print(machine())

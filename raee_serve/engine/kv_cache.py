@@ -109,7 +109,7 @@ def split_by_depth(
     if problem := _problem(specs, num_layers, count):
         if asked != AUTO:
             raise UnsupportedError(f"raee-serve cannot run with {asked} KV segments: {problem}")
-        logger.warning("The KV cache does not grow with depth: %s", problem)
+        logger.info("The KV cache does not grow with depth: %s", problem)
         return specs
     segments = segments_of(num_layers, count)
     size = num_layers // count

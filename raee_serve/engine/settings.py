@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from raee_serve.engine.segments import parse_count
+from raee_serve.engine.segments import AUTO, parse_count
 from raee_serve.errors import RaeeError
 from raee_serve.exit_points import checked_points, even_points
 from raee_serve.records import EXIT_HEADS, ExitHead
@@ -35,14 +35,14 @@ EXIT_POINTS_KEY = "raee_exit_points"
 
 
 def engine_options(
-    kv_segments: int | Literal["auto"] = 1,
+    kv_segments: int | Literal["auto"] = AUTO,
     shortcuts: str | Path | None = None,
     exit_points: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Engine arguments that switch truncated execution on, for `vllm.LLM(model, **options)`.
 
-    kv_segments: above 1, a request holds KV blocks only for the segments of layers that it
-        reaches; "auto" takes the number from the model. 1 leaves vLLM's cache as it is.
+    kv_segments: a request holds KV blocks only for those segments of layers that it reaches;
+        "auto" takes their number from the model. 1 leaves vLLM's cache as it is.
         Raises `ValueError` for anything else.
     shortcuts: file of `raee-serve shortcuts fit`, for requests whose exit head is "shortcut".
     exit_points: layers after which requests leave steps that run as CUDA graphs; other exits are
@@ -60,7 +60,7 @@ def engine_options(
     options["scheduler_cls"] = SCHEDULER_CLS
     options["worker_cls"] = GPU_WORKER_CLS if on_cuda() else CPU_WORKER_CLS
     additional: dict[str, Any] = {}
-    if (count := parse_count(kv_segments)) != 1:
+    if (count := parse_count(kv_segments)) != AUTO:
         additional[KV_SEGMENTS_KEY] = count
     if shortcuts is not None:
         additional[SHORTCUTS_KEY] = str(Path(shortcuts).absolute())
@@ -75,8 +75,8 @@ def on_cuda() -> bool:
 
 
 def kv_segments(additional_config: Mapping[str, Any]) -> int | Literal["auto"]:
-    """The depth segments asked for in vLLM's `additional_config`; 1 when it names none."""
-    return parse_count(additional_config.get(KV_SEGMENTS_KEY, 1))
+    """The depth segments asked for in vLLM's `additional_config`; "auto" when it names none."""
+    return parse_count(additional_config.get(KV_SEGMENTS_KEY, AUTO))
 
 
 def exit_points(additional_config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:

@@ -4,12 +4,19 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from raee_serve.engine.kv_cache import is_split
 from raee_serve.engine.truncating_worker import TruncatingWorker
 from raee_serve_patches.seeded_chunks import undrawn_while_incomplete
+from raee_serve_patches.segment_groups import share_between_segments
 
 
 class TruncatingCPUWorker(TruncatingWorker, CPUWorker):
     """vLLM's CPU worker; the step it runs is open to the model while it runs."""
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        if is_split(kv_cache_config) and not self.use_v2_model_runner:
+            share_between_segments(self.model_runner)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.use_v2_model_runner:

@@ -110,10 +110,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-segments",
-        default="1",
+        default="auto",
         metavar="N|auto",
         help="split the layers into N segments, of which a request holds only as many KV blocks "
-        "as it reaches; auto takes N from the model (default: 1, vLLM's own KV cache)",
+        "as it reaches; 1 is vLLM's own KV cache (default: auto, N is taken from the model)",
     )
     valves.add_arguments(parser)
     access.add_arguments(parser)

@@ -127,8 +127,8 @@ def test_memory_follows_depth(roomy):
     assert used == {2: 5, 4: 10, 6: 15}
 
 
-def test_without_the_option_the_cache_is_vllms_own(checkpoint):
-    with tiny_engine(checkpoint) as llm:
+def test_one_segment_is_vllms_own_cache(checkpoint):
+    with tiny_engine(checkpoint, **engine_options(kv_segments=1)) as llm:
         scheduler = scheduler_of(llm)
         assert not scheduler.kv_by_depth
         assert type(scheduler.kv_cache_manager).__module__.startswith("vllm.")

@@ -1,4 +1,4 @@
-"""KV events name blocks by hashes that depths do not share, so that no listener mixes them up."""
+"""Where the KV cache is vLLM's own, events name blocks by hashes that depths do not share."""
 
 import random
 
@@ -6,6 +6,7 @@ import pytest
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored
 
+from raee_serve.engine.settings import engine_options
 from tests.engine.engines import generate_at, tiny_engine
 from tests.tiny import ENGINE_SIZES, saved, tiny_llama
 
@@ -21,7 +22,7 @@ def test_each_depth_stores_blocks_of_its_own(tmp_path, monkeypatch):
     events_on = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
 
     stored = {}
-    with tiny_engine(checkpoint, kv_events_config=events_on) as llm:
+    with tiny_engine(checkpoint, kv_events_config=events_on, **engine_options(1)) as llm:
         for depth in (2, 4, 2, NUM_LAYERS):
             found, _ = stored_blocks(llm, monkeypatch, prompt, depth)
             stored.setdefault(depth, []).append(found)

@@ -1,11 +1,11 @@
-"""Tensor parallel: every rank follows the same plan."""
+"""Tensor parallel: every rank follows the same plan, and has the KV segments of it."""
 
 import pytest
 
 from tests.engine.engines import generate_at, running_engine
 from tests.engine.reference import mixed_mismatches
 from tests.engine.workload import mixed_requests
-from tests.tiny import ENGINE_SIZES, saved, tiny_gemma3
+from tests.tiny import ENGINE_SIZES, saved, tiny_llama
 
 pytestmark = pytest.mark.engine
 
@@ -15,8 +15,7 @@ ARGS = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 27, "tensor_p
 
 def test_two_ranks_equal_cut_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")
-    model = tiny_gemma3(NUM_LAYERS, **ENGINE_SIZES, sliding_window=64)
-    checkpoint = saved(model, tmp_path / "gemma")
+    checkpoint = saved(tiny_llama(NUM_LAYERS, **ENGINE_SIZES), tmp_path / "llama")
     requests = mixed_requests(NUM_LAYERS, ENGINE_SIZES["vocab_size"], first_token=2)
     prompts, depths = [r.prompt for r in requests], [r.exit_layer for r in requests]
 

@@ -1,11 +1,11 @@
-"""Invariant 4 in the prefix cache: blocks of one depth are never read at another."""
+"""Invariant 4 in vLLM's own prefix cache: blocks of one depth are never read at another."""
 
 import random
 
 import pytest
 from vllm import SamplingParams
 
-from raee_serve.engine.settings import exit_args
+from raee_serve.engine.settings import engine_options, exit_args
 from tests.engine.conftest import ServedModel
 from tests.engine.engines import tiny_engine
 from tests.engine.reference import greedy_mismatches
@@ -24,7 +24,7 @@ def served(request, tmp_path_factory):
     make, config = MODELS[request.param]
     model = make(NUM_LAYERS, **ENGINE_SIZES, **config)
     checkpoint = saved(model, tmp_path_factory.mktemp("tiny") / "model")
-    with tiny_engine(checkpoint) as llm:
+    with tiny_engine(checkpoint, **engine_options(kv_segments=1)) as llm:
         yield ServedModel(checkpoint, llm, NUM_LAYERS, ENGINE_SIZES["vocab_size"], first_token=2)
 
 

@@ -77,16 +77,21 @@ def test_a_mixed_batch_equals_the_reference(checkpoint, stored):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_gpu_blocks_override": 7, "max_model_len": 256, "disable_log_stats": False},
+        {
+            "kv_segments": 1,
+            "num_gpu_blocks_override": 7,
+            "max_model_len": 256,
+            "disable_log_stats": False,
+        },
         {"kv_segments": 3},
     ],
-    ids=["preemption", "kv-by-depth"],
+    ids=["preemption", "three-segments"],
 )
 def test_other_features_leave_it_the_same(llama, stored, changes):
     changes = dict(changes)
     shortcuts = tiny.random_shortcuts(llama, LAYERS)
     shortcuts.save(stored)
-    options = engine_options(changes.pop("kv_segments", 1), stored)
+    options = engine_options(changes.pop("kv_segments", "auto"), stored)
     rng = random.Random(5)
     phrase = [rng.randrange(5, 500) for _ in range(6)]
     prompts = [[*phrase * 20, 5 + i] for i in range(12)]  # each grows out of its first block

@@ -75,8 +75,8 @@ def test_flags_that_cannot_work_are_refused_by_name(refused, smollm2, flags, mes
 def test_kv_segments_reach_the_engine_beside_the_users_own_config():
     given = ["m", "--additional-config", '{"mine": 1}']
     args = vllm_server.parse_serve_args(given)
-    vllm_server.with_options(args, engine_options(kv_segments="auto"))
-    assert args.additional_config == {"mine": 1, "raee_kv_segments": "auto"}
+    vllm_server.with_options(args, engine_options(kv_segments=2))
+    assert args.additional_config == {"mine": 1, "raee_kv_segments": 2}
     args = vllm_server.parse_serve_args(given)
     vllm_server.with_options(args, engine_options())
     assert args.additional_config == {"mine": 1}

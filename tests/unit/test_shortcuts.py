@@ -312,7 +312,7 @@ def test_fit_then_build_then_refit(checkpoint, data, tmp_path, capsys):
 
 def test_a_server_hands_them_to_the_engine(tmp_path, shortcuts, monkeypatch):
     monkeypatch.delenv(OFF_VARIABLE, raising=False)
-    args = Namespace(kv_segments="1")
+    args = Namespace(kv_segments="auto")
     beside = DepthSettings(table=str(tmp_path))
     assert "additional_config" not in _engine_options(args, beside)
     shortcuts.save(tmp_path / FILE_NAME)
