@@ -73,6 +73,7 @@ class SlotMapping:
         requests = np.repeat(np.arange(num_reqs), np.diff(starts))
         place, offset = np.divmod(positions[: len(requests)].numpy(), self._block_size)
         for table in self._tables:
-            slots = table.slot_mapping.np[: len(requests)]
+            # What vLLM calls the device's copy: here in the same memory or apart from the host's.
+            slots = table.slot_mapping.gpu[: len(requests)].numpy()
             np.multiply(table.block_table.np[requests, place], self._block_size, out=slots)
             slots += offset
