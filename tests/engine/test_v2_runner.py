@@ -26,7 +26,7 @@ CROWD = (60, 70, 50, 64, 40)
 POINTS = {EXIT_POINTS_KEY: [2, 4, 6]}
 SIZES = [1, 3, 8]
 """Of captured batches."""
-BY_DEPTH = engine_options(kv_segments=3)["additional_config"]
+WHOLE, BY_DEPTH = (engine_options(kv_segments=n)["additional_config"] for n in (1, 3))
 SHORTCUT_AT = {0: 2, 2: 3}
 """Exit layers of the requests that leave through shortcuts, by their place."""
 
@@ -92,7 +92,7 @@ def answered(llama, shortcuts, tmp_path_factory):
     jobs = {
         "sync": job(llama, all_depths(), async_scheduling=False),
         "async": job(llama, all_depths()),
-        "cramped": job(llama, [crowd], **CRAMPED),
+        "cramped": job(llama, [crowd], **CRAMPED, additional_config=WHOLE),
         "windows": job(gemma, all_depths(3)[:1]),
         "by depth": job(llama, [crowd], **CRAMPED, additional_config=BY_DEPTH),
         "points": job(llama, at_points(), SIZES, additional_config=POINTS),
