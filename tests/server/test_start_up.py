@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from raee_serve.cli import main
 from raee_serve.cut import cut_checkpoint
 from raee_serve.engine.settings import engine_options
-from raee_serve.server import vllm_server
+from raee_serve.server import loading, vllm_server
+from raee_serve.server.metrics import DecisionMetrics
 from tests.server.conftest import MODEL
 
 pytestmark = pytest.mark.server
@@ -27,6 +29,26 @@ def refused(monkeypatch, capsys):
     def run(*arguments, status=1):
         assert main(["serve", *map(str, arguments)]) == status
         return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Runs `raee-serve serve` up to its engine: (arguments of vLLM's server, gate)."""
+    begun = {}
+
+    async def serve(args, gate, watch_table_s):
+        begun.update(args=args, gate=gate)
+
+    monkeypatch.setattr(vllm_server, "serve", serve)
+    monkeypatch.setattr(  # a process has one server, and this one several
+        loading, "DecisionMetrics", lambda layers, _: DecisionMetrics(layers, CollectorRegistry())
+    )
+
+    def run(*arguments):
+        assert main(["serve", *arguments]) == 0
+        return begun["args"], begun["gate"]
 
     return run
 
@@ -121,31 +143,21 @@ def test_another_encoder_names_both_sides(refused, built_table, minilm, tmp_path
     assert "minilm" in message and str(other) in message
 
 
-def test_the_kv_cache_is_sized_and_its_size_told(monkeypatch, smollm2, capsys):
-    started = {}
-
-    async def serve(args, gate, watch_table_s):
-        started.update(args=args)
-
-    monkeypatch.setattr(vllm_server, "serve", serve)
+def test_the_kv_cache_is_sized_and_its_size_told(started, monkeypatch, smollm2, capsys):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    assert main(["serve", MODEL, "--exit-layer", "full"]) == 0
-    size = started["args"].kv_cache_memory_bytes / (1 << 30)
+    args, _ = started(MODEL, "--exit-layer", "full")
+    size = args.kv_cache_memory_bytes / (1 << 30)
     assert f"(LlamaForCausalLM, 30 layers), KV cache {size:.1f} GiB" in capsys.readouterr().out
-    assert main(["serve", MODEL, "--exit-layer", "full", "--gpu-memory-utilization", "0.4"]) == 0
-    assert started["args"].kv_cache_memory_bytes is None
+    args, _ = started(MODEL, "--exit-layer", "full", "--gpu-memory-utilization", "0.4")
+    assert args.kv_cache_memory_bytes is None
     assert "(LlamaForCausalLM, 30 layers)\n" in capsys.readouterr().out
 
 
-def test_the_kill_switch_starts_vllms_own_engine_without_the_table(monkeypatch, smollm2, capsys):
-    started = {}
-
-    async def serve(args, gate, watch_table_s):
-        started.update(args=args, gate=gate)
-
-    monkeypatch.setattr(vllm_server, "serve", serve)
+def test_the_kill_switch_starts_vllms_own_engine_without_the_table(
+    started, monkeypatch, smollm2, capsys
+):
     monkeypatch.setenv("RAEE_OFF", "1")
-    assert main(["serve", MODEL, "--table", "/nowhere"]) == 0
-    assert started["args"].worker_cls == "auto" and not started["args"].scheduler_cls
-    assert started["gate"].admission.off
+    args, gate = started(MODEL, "--table", "/nowhere")
+    assert args.worker_cls == "auto" and not args.scheduler_cls
+    assert gate.admission.off
     assert "RAEE_OFF=1: every request runs vanilla vLLM" in capsys.readouterr().out
