@@ -272,7 +272,7 @@ def test_command_line_without_a_command(capsys):
         with pytest.raises(SystemExit):
             cli.main(argv)
     assert (
-        "'table plot', 'calibrate', 'serve', 'preview', 'eval suite', 'eval'"
+        "'table plot', 'table points', 'calibrate', 'serve', 'preview', 'eval suite', 'eval'"
         in capsys.readouterr().err
     )
     assert cli.main(["table", "info", "/nowhere"]) == 1
