@@ -8,9 +8,11 @@ __all__ = ["Seam", "SeamError", "check_seams"]
 def check_seams(model_runner: int = 1) -> None:
     """Check the seams that an engine of this model runner (1 or 2) rests on.
 
-    Raises `SeamError` at the first mismatch. `depth_kv_cache` is checked where it is switched on.
+    Raises `SeamError` at the first mismatch. Those of a KV cache by depth are checked where it is
+    switched on.
     """
     from raee_serve_patches import (
+        compiled_layers,
         lora_rows,
         request_salt,
         seeded_chunks,
@@ -19,6 +21,6 @@ def check_seams(model_runner: int = 1) -> None:
         v2_step,
     )
 
-    by_runner = {1: (lora_rows, seeded_chunks, v1_step), 2: (v2_step, v2_graphs)}
+    by_runner = {1: (lora_rows, seeded_chunks, v1_step), 2: (v2_step, v2_graphs, compiled_layers)}
     for module in (request_salt, *by_runner[model_runner]):
         module.SEAM.check()

@@ -2,12 +2,12 @@
 
 Upstream: `AttentionGroup.build_metadata` and `build_metadata_for_cudagraph_capture`,
 `set_forward_context`, `BlockTables.get_dummy_block_tables`; `graph_capture`, `capture_pool` and the
-global graph pool; `CustomOp.dispatch_forward` and `IrOpPriorityConfig`.
+global graph pool.
 Checked on: vLLM 0.32.0.
 Why no extension point serves: `ModelState.capture_inner_cudagraphs` says when to capture, and
 `CudaGraphManager` captures one function of the whole batch; a function of some layers, at a size of
 its own, has to bring metadata and memory itself.
-Retired by: a graph manager that takes any function, and layers that are compiled one by one.
+Retired by: a graph manager that takes any function.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.compilation.cudagraph_pool import capture_pool
-from vllm.config import set_current_vllm_config
-from vllm.config.kernel import IrOpPriorityConfig
 from vllm.distributed.parallel_state import graph_capture
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.custom_op import CustomOp
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from raee_serve.engine.graph_segments import StaticRows
+from raee_serve_patches.layer_names import names_within
 from raee_serve_patches.seam import Seam
 
 SEAM = Seam(
@@ -39,8 +35,6 @@ SEAM = Seam(
         "vllm.v1.worker.gpu.cudagraph_utils:profile_cudagraph_memory": "ffdd4cd7ba6c",
         "vllm.compilation.cudagraph_pool:capture_pool": "0b9fdf1b348f",
         "vllm.distributed.parallel_state:graph_capture": "14110c29e34d",
-        "vllm.model_executor.custom_op:CustomOp.dispatch_forward": "191239144c3e",
-        "vllm.config.kernel:IrOpPriorityConfig": "7f75c322f8b5",
     },
 )
 
@@ -59,7 +53,7 @@ class GraphAttention:
         self._rows = rows
         groups = [group for groups in attn_groups for group in groups]
         self._groups = [
-            [(g, names) for g in groups if (names := _within(g.layer_names, first, end))]
+            [(g, names) for g in groups if (names := names_within(g.layer_names, first, end))]
             for first, end in segments
         ]
 
@@ -119,24 +113,3 @@ def capturing(device: torch.device) -> Iterator[None]:
     """Around the captures; collectives take part in them."""
     with graph_capture(device):
         yield
-
-
-def use_platform_kernels(vllm_config: Any, layers: nn.Module) -> None:
-    """Let `layers` run the platform's own kernels from now on. Safe to call again.
-
-    Where vLLM compiles the stack, its operators are left to the compiler, and outside of compiled
-    code would run as one small kernel after the other. Only after that was compiled: it then stays
-    what it is, for vLLM traces it once.
-    """
-    with set_current_vllm_config(vllm_config):
-        for operator in layers.modules():
-            if isinstance(operator, CustomOp):
-                operator._enforce_enable = True
-                operator._forward_method = operator.dispatch_forward(compile_native=False)
-    if current_platform.is_cuda():
-        IrOpPriorityConfig.with_default(["vllm_c", "native"]).set_default()
-
-
-def _within(names: Sequence[str], first: int, end: int) -> list[str]:
-    """Those of layers `first .. end - 1`."""
-    return [name for name in names if first <= extract_layer_index(name) < end]

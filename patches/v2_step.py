@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from raee_serve.engine.plan import Stage, TruncationPlan
+from raee_serve.engine.scheduler import Exits
+from raee_serve_patches.layer_names import names_within
 from raee_serve_patches.seam import Seam
 
 _RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -55,10 +57,12 @@ class V2Step:
     source: what the model asks for the plan of its forward.
     """
 
-    def __init__(self, runner: Any, **what: Any) -> None:
-        """what: see `TruncatingModelState.follow`. Raises `RuntimeError` for another's state."""
+    def __init__(
+        self, runner: Any, decoder: nn.Module, exits: Exits, points: tuple[int, ...]
+    ) -> None:
+        """See `TruncatingModelState.follow`. Raises `RuntimeError` for another's state."""
         self._runner = runner
-        self._num_layers = what["exits"].num_layers
+        self._num_layers = exits.num_layers
         self.source = runner.model_state
         if not hasattr(self.source, "follow"):
             raise RuntimeError(
@@ -66,7 +70,7 @@ class V2Step:
                 f"{type(self.source).__name__}. Model runner V2 runs text models truncated, "
                 "not those within a multimodal one"
             )
-        self.source.follow(**what)
+        self.source.follow(decoder, exits, points)
 
     @contextmanager
     def running(self, scheduler_output: Any) -> Iterator[None]:
@@ -125,12 +129,7 @@ class StageAttention:
         slots: dict[str, torch.Tensor] = {}
         starts = async_tensor_h2d(stage.query_start_loc, device=self._device)
         for group in self._groups:
-            names = [
-                name
-                for name in group.layer_names
-                if stage.first_layer <= extract_layer_index(name) < stage.end_layer
-            ]
-            if names:
+            if names := names_within(group.layer_names, stage.first_layer, stage.end_layer):
                 common = self._at(stage, group.kv_cache_group_id, starts)
                 metadata.update(dict.fromkeys(names, group.build_metadata(common, 0)))
                 slots.update(dict.fromkeys(names, common.slot_mapping))

@@ -10,7 +10,6 @@ by.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import torch
@@ -21,6 +20,8 @@ from raee_serve.engine.graph_layout import GraphLayout
 PAD_SLOT = -1
 """vLLM's number of the KV slot of a row that is not to be written."""
 
+Layer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""Called as (positions, hidden, residual), gives the two states."""
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Runs a function once, or more, and gives what does it all again on the same memory."""
 
@@ -138,6 +139,7 @@ class SegmentGraphs:
     def __init__(
         self,
         decoder: nn.Module,
+        layers: Sequence[Layer],
         segments: Sequence[tuple[int, int]],
         sizes: Sequence[int],
         rows: StaticRows,
@@ -146,16 +148,18 @@ class SegmentGraphs:
     ) -> None:
         """Captures all: the largest first, in whose memory the others fit.
 
-        decoder: see `run_truncated`. segments: first and end layer of each, in order.
+        decoder: see `run_truncated`; layers: its layers, or what was compiled of them.
+        segments: first and end layer of each, in order; sizes: in order.
         """
         self._decoder = decoder
+        self._layers = layers
         self._segments = segments
         self._rows = rows
         self._attention = attention
-        self.sizes = tuple(sorted(sizes))
+        self.sizes = tuple(sizes)
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
         rows.fill_dummy()
-        for size in sorted(sizes, reverse=True):
+        for size in reversed(self.sizes):
             for segment in range(len(segments)):
                 with attention.open(segment, size, size, max_seq_len=None):
                     self._replays[segment, size] = capture(self._function(segment, size))
@@ -184,6 +188,7 @@ class SegmentGraphs:
     def _function(self, segment: int, size: int) -> Callable[[], None]:
         rows, decoder = self._rows, self._decoder
         first, end = self._segments[segment]
+        layers = self._layers[first:end]
         positions = rows.positions[:size]
         kept = rows.hidden[:size], rows.residual[:size]
 
@@ -194,7 +199,7 @@ class SegmentGraphs:
                 # Layers may work in place; the first norm of a segment then does so on the buffers,
                 # which are written again below.
                 hidden, residual = kept
-            for layer in islice(decoder.layers, first, end):
+            for layer in layers:
                 hidden, residual = layer(positions, hidden, residual)
             kept[0].copy_(hidden)
             kept[1].copy_(residual)

@@ -1,6 +1,7 @@
 """Model runner V2's state of a model that runs truncated: exits of requests, plan of the step."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,16 +17,12 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.utils import AttentionGroup
 
 from raee_serve.engine.graph_layout import GraphLayout, captured_sizes, lay_out
-from raee_serve.engine.graph_segments import Capture, SegmentGraphs, StaticRows, StepRows
+from raee_serve.engine.graph_segments import Capture, Layer, SegmentGraphs, StaticRows, StepRows
 from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
 from raee_serve.engine.scheduler import Exits
 from raee_serve.exit_points import segments_between
-from raee_serve_patches.v2_graphs import (
-    CudaGraphs,
-    GraphAttention,
-    capturing,
-    use_platform_kernels,
-)
+from raee_serve_patches.compiled_layers import CompiledLayers
+from raee_serve_patches.v2_graphs import CudaGraphs, GraphAttention, capturing
 from raee_serve_patches.v2_step import StageAttention
 
 
@@ -61,6 +58,11 @@ class TruncatingModelState(DefaultModelState):
         """
         self._decoder, self._exits, self._points = decoder, exits, points
         self._asked: dict[str, AskedExit] = {}
+
+    @cached_property
+    def _layers(self) -> CompiledLayers:
+        """Once for all captures, so that they share what is compiled."""
+        return CompiledLayers(self.vllm_config, self._decoder.layers)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
@@ -98,10 +100,9 @@ class TruncatingModelState(DefaultModelState):
         sizes = captured_sizes(config.cudagraph_capture_sizes or (), self.max_num_reqs)
         if not (sizes and config.cudagraph_mode.has_full_cudagraphs()):
             return
-        use_platform_kernels(self.vllm_config, self._decoder.layers)
-        with capturing(self.device):
+        with capturing(self.device), self._layers.open() as layers:
             self._graphs = self.segment_graphs(
-                sizes, block_tables, attn_groups, CudaGraphs(self.vllm_config)
+                sizes, block_tables, attn_groups, CudaGraphs(self.vllm_config), layers
             )
 
     def segment_graphs(
@@ -110,14 +111,15 @@ class TruncatingModelState(DefaultModelState):
         block_tables: BlockTables,
         attn_groups: list[list[AttentionGroup]],
         capture: Capture,
+        layers: Sequence[Layer],
     ) -> SegmentGraphs:
-        """All segments at all sizes, captured by `capture`."""
+        """All segments at all sizes, captured by `capture`. layers: what they run of the stack."""
         segments = segments_between(self._points)
         tables = block_tables.get_dummy_block_tables(1)
         hidden_size = self.model_config.get_hidden_size()
         rows = StaticRows(len(segments), sizes[-1], hidden_size, self.dtype, tables, self.device)
         attention = GraphAttention(self.vllm_config, rows, segments, attn_groups)
-        return SegmentGraphs(self._decoder, segments, sizes, rows, attention, capture)
+        return SegmentGraphs(self._decoder, layers, segments, sizes, rows, attention, capture)
 
     def prepare_attn(
         self,

@@ -32,9 +32,9 @@ class TruncatingWorker:
             check_attention(self.vllm_config)
             self.step = V2Step(
                 self.model_runner,
-                decoder=model.model,
-                exits=Exits(num_layers, frozenset(shortcuts)),
-                points=exit_points(self.vllm_config.additional_config, num_layers),
+                model.model,
+                Exits(num_layers, frozenset(shortcuts)),
+                exit_points(self.vllm_config.additional_config, num_layers),
             )
         else:
             from raee_serve_patches.v1_step import V1Step

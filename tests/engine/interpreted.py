@@ -6,11 +6,13 @@ names one; it is never asked to compile anything. All else is vLLM's: its CPU wo
 runner where `VLLM_USE_V2_MODEL_RUNNER` says so.
 """
 
+import copy
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,10 +31,11 @@ def generate_on_v2(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]
     jobs: for each engine its "checkpoint", its "changes" to `tiny_engine`'s arguments and its
         "runs", each the arguments of `generate_at` after the engine. With "graph_sizes" its
         segments of layers are captured at these sizes, though not as CUDA graphs: a replay calls
-        the captured function again.
+        the captured function again. With "is_compiled" they are of compiled layers.
     Scheduling is asynchronous unless the changes say otherwise, as vLLM has it on CUDA.
     Returns for each run its "tokens", a list a prompt, how many "preemptions" it took, how many of
-    its steps were "replayed", and whether scheduling was "async".
+    its steps were "replayed", whether scheduling was "async", and how many graphs the engine has
+    "compiled".
     """
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.interpreted"],
@@ -58,12 +61,19 @@ def run_engine(
     runs: list[dict[str, Any]],
     changes: dict[str, Any],
     graph_sizes: Sequence[int] = (),
+    is_compiled: bool = False,
 ) -> list[dict[str, Any]]:
-    from tests.engine.engines import generate_at, tiny_engine
+    from torch._dynamo.utils import counters
+
+    from tests.engine.engines import generate_at, preemptions, tiny_engine
 
     results = []
-    with tiny_engine(Path(checkpoint), disable_log_stats=False, **changes) as llm:
-        replayed = replay_functions(llm, graph_sizes) if graph_sizes else []
+    counters.clear()
+    engine = tiny_engine(Path(checkpoint), disable_log_stats=False, **changes)
+    with engine as llm, ExitStack() as while_it_runs:
+        replayed = []
+        if graph_sizes:
+            replayed = replay_functions(llm, graph_sizes, is_compiled, while_it_runs)
         is_async = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         for run in runs:
             preempted = preemptions(llm)
@@ -75,19 +85,31 @@ def run_engine(
                     "preemptions": preemptions(llm) - preempted,
                     "replayed": len(replayed),
                     "async": is_async,
+                    "compiled": counters["stats"]["unique_graphs"],
                 }
             )
     return results
 
 
-def replay_functions(llm: Any, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+def replay_functions(
+    llm: Any, sizes: Sequence[int], is_compiled: bool, while_it_runs: ExitStack
+) -> list[tuple[int, ...]]:
     """Capture the model's segments as functions; returns the sizes of each step replayed later."""
+    import torch
+
+    from raee_serve_patches.compiled_layers import CompiledLayers
+
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     runner = worker.model_runner
     state = runner.model_state
-    graphs = state.segment_graphs(
-        sizes, runner.block_tables, runner.attn_groups, capture=lambda function: function
-    )
+    config = as_compiling(runner.vllm_config) if is_compiled else runner.vllm_config
+    compiled = CompiledLayers(config, state._decoder.layers)
+    for _ in range(2):  # vLLM does so too, first to see how much memory graphs take
+        with torch.inference_mode(), compiled.open() as layers:
+            graphs = state.segment_graphs(
+                sizes, runner.block_tables, runner.attn_groups, called_once, layers
+            )
+    while_it_runs.enter_context(compiled.open())  # for functions, unlike graphs, look again
     replayed: list[tuple[int, ...]] = []
     run = graphs.run
 
@@ -100,8 +122,30 @@ def replay_functions(llm: Any, sizes: Sequence[int]) -> list[tuple[int, ...]]:
     return replayed
 
 
-def preemptions(llm: Any) -> int:
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+def as_compiling(config: Any) -> Any:
+    """As vLLM's configuration is on CUDA, where operators are left to the compiler.
+
+    The Triton back end that vLLM was shown is taken back, or Inductor would use it.
+    """
+    from triton.backends import backends
+    from vllm.config.compilation import CompilationMode, PassConfig
+
+    backends.pop("cpu", None)
+    config = copy.copy(config)
+    config.compilation_config = copy.copy(config.compilation_config)
+    config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    config.compilation_config.custom_ops = ["none"]
+    # Without what names CUDA's kernels: fusions, and the clean-up after functionalization's first
+    # version.
+    config.compilation_config.pass_config = PassConfig()
+    config.compilation_config.inductor_compile_config = {}
+    return config
+
+
+def called_once(function: Callable[[], None]) -> Callable[[], None]:
+    """As capture does, before it records what the function does."""
+    function()
+    return function
 
 
 def name_cpu_backend() -> None:

@@ -41,10 +41,14 @@ def at(prompts, exit_layers, max_tokens=6, **more):
     return run | more
 
 
-def job(checkpoint, runs, graph_sizes=(), **changes):
-    changes = {"max_num_batched_tokens": CHUNK, **changes}
-    sizes = list(graph_sizes)
-    return {"checkpoint": str(checkpoint), "changes": changes, "runs": runs, "graph_sizes": sizes}
+def job(checkpoint, runs, graph_sizes=(), is_compiled=False, **changes):
+    return {
+        "checkpoint": str(checkpoint),
+        "changes": {"max_num_batched_tokens": CHUNK, **changes},
+        "runs": runs,
+        "graph_sizes": list(graph_sizes),
+        "is_compiled": is_compiled,
+    }
 
 
 def all_depths(seed=1):
@@ -96,7 +100,9 @@ def answered(llama, shortcuts, tmp_path_factory):
         "windows": job(gemma, all_depths(3)[:1]),
         "by depth": job(llama, [crowd], **CRAMPED, additional_config=BY_DEPTH),
         "points": job(llama, at_points(), SIZES, additional_config=POINTS),
-        "windows at points": job(gemma, at_points()[:1], SIZES, additional_config=POINTS),
+        "compiled windows at points": job(
+            gemma, at_points()[:1], SIZES, is_compiled=True, additional_config=POINTS
+        ),
         "by depth at points": job(
             llama, at_points()[:1], SIZES, additional_config=POINTS | BY_DEPTH
         ),
@@ -143,11 +149,17 @@ def test_captured_segments_equal_cut_checkpoints(answered):
     assert off_points == 0
 
 
-@pytest.mark.parametrize("name", ["windows at points", "by depth at points"])
+@pytest.mark.parametrize("name", ["compiled windows at points", "by depth at points"])
 def test_they_do_with_several_kv_cache_groups(answered, name):
     job, results = answered[name]
     assert wrong_tokens(job, results) == [[]]
     assert results[0]["replayed"] >= 4
+
+
+def test_layers_share_what_is_compiled_of_them(answered):
+    _, [result] = answered["compiled windows at points"]
+    first_and_others, one_row_and_more = 2, 2
+    assert result["compiled"] == first_and_others * one_row_and_more
 
 
 def test_shortcuts_are_of_the_layer_they_leave_at(answered, shortcuts):

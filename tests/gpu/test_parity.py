@@ -80,5 +80,5 @@ def test_full_depth_equals_vanilla(llm, checkpoint):
     ours = generate_at(llm, prompts, [NUM_LAYERS] * len(prompts), max_tokens=24)
     greedy = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, "detokenize": False}
     changes = {**tiny_args(checkpoint), **CHANGES, "enforce_eager": is_eager(llm)}
-    vanilla = run_vanilla(checkpoint, prompts, [greedy] * len(prompts), **changes)
+    (vanilla,) = run_vanilla([checkpoint], prompts, [greedy] * len(prompts), **changes)
     assert ours == [v["completions"][0]["token_ids"] for v in vanilla]

@@ -115,7 +115,7 @@ def captured():
     rows = StaticRows(len(segments), SIZES[-1], HIDDEN, torch.float64, [table], torch.device("cpu"))
     attention = StaticAttention(decoder, rows)
     graphs = SegmentGraphs(
-        decoder, segments, SIZES, rows, attention, capture=lambda function: function
+        decoder, decoder.layers, segments, SIZES, rows, attention, capture=lambda function: function
     )
     return decoder, graphs
 

@@ -11,9 +11,8 @@ from torch import nn
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams
-from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.model_executor.custom_op import CustomOp
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from raee_serve.engine import model_state
@@ -21,7 +20,6 @@ from raee_serve.engine.model_state import TruncatingModelState
 from raee_serve.engine.models.truncated import TruncatedExecution
 from raee_serve.engine.scheduler import Exits
 from raee_serve.engine.settings import CPU_WORKER_CLS, GPU_WORKER_CLS, exit_args
-from raee_serve_patches.v2_graphs import use_platform_kernels
 
 pytestmark = pytest.mark.unit
 
@@ -171,7 +169,7 @@ def test_segments_are_captured_beside_whole_graphs(
     state.vllm_config = SimpleNamespace(compilation_config=config)
     state.prompt_embeds_state, state.max_num_reqs = prompt_embeds, 4
     state._decoder = SimpleNamespace(layers=None)
-    monkeypatch.setattr(model_state, "use_platform_kernels", lambda *_: None)
+    state._layers = SimpleNamespace(open=lambda: nullcontext([]))
     monkeypatch.setattr(model_state, "capturing", lambda _: nullcontext())
     sizes = []
     monkeypatch.setattr(state, "segment_graphs", lambda *args: sizes.append(args[0]))
@@ -188,26 +186,6 @@ def test_graphs_are_of_one_kv_cache(state):
 def test_it_is_vllms_until_it_follows():
     state = object.__new__(TruncatingModelState)
     assert state._truncated(SimpleNamespace(req_ids=["a"])) is None
-
-
-@CustomOp.register("raee_test_operator")
-class Operator(CustomOp):
-    def forward_native(self):
-        return "for the compiler"
-
-    def forward_cpu(self):
-        return "the platform's"
-
-
-def test_operators_left_to_the_compiler_run_the_platforms_kernels():
-    config = VllmConfig(compilation_config=CompilationConfig(custom_ops=["none"]))
-    with set_current_vllm_config(config):
-        operator = Operator()
-    layers = nn.Sequential(operator, nn.Linear(2, 2))
-    assert operator() == "for the compiler"
-    for _ in range(2):
-        use_platform_kernels(config, layers)
-        assert operator() == "the platform's"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from raee_serve_patches import Seam, SeamError, check_seams, depth_kv_cache
+from raee_serve_patches import Seam, SeamError, check_seams, depth_kv_cache, segment_groups
 
 pytestmark = pytest.mark.unit
 
@@ -15,6 +15,7 @@ SYMBOL = "vllm.v1.request:Request.update_block_hashes"
 def test_installed_vllm_passes(model_runner):
     check_seams(model_runner)
     depth_kv_cache.SEAM.check()
+    segment_groups.SEAM.check()
 
 
 def test_changed_source_is_named():

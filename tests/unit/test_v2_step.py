@@ -15,18 +15,19 @@ from raee_serve_patches.v2_step import StageAttention, V2Step
 pytestmark = pytest.mark.unit
 
 NUM_LAYERS = 6
+DECODER = object()
 
 
 @pytest.fixture
 def runner():
     followed = []
-    state = SimpleNamespace(follow=lambda **what: followed.append(what))
+    state = SimpleNamespace(follow=lambda *what: followed.append(what))
     manager = SimpleNamespace(_graphs_captured=True)
     return SimpleNamespace(model_state=state, cudagraph_manager=manager, followed=followed)
 
 
 def step_of(runner):
-    return V2Step(runner, exits=Exits(NUM_LAYERS), points=(6,))
+    return V2Step(runner, DECODER, Exits(NUM_LAYERS), (6,))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_there_may_be_no_graphs(runner, manager):
 
 def test_the_state_is_told_and_asked(runner):
     assert step_of(runner).source is runner.model_state
-    assert runner.followed == [{"exits": Exits(NUM_LAYERS), "points": (6,)}]
+    assert runner.followed == [(DECODER, Exits(NUM_LAYERS), (6,))]
 
 
 def test_another_model_state_is_named(runner):
