@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
+from raee_serve_patches.layer_names import names_within
 from raee_serve_patches.lora_rows import LoraRows
 from raee_serve_patches.seam import Seam
 
@@ -108,23 +108,30 @@ class V1Step:
 def narrow_attention(attn_groups: list[list[Any]], plan: TruncationPlan) -> None:
     """Give every layer the attention metadata and KV slots of the rows alive at it.
 
-    Built once for each stage and attention group, before the first layer runs. Layers that
-    nothing reaches get no entry, so that touching one is an error and not a stray write.
+    Built once for each stage and attention group, before the first layer runs; for depth segments,
+    which have the same but for their blocks, once for each stage. Layers that nothing reaches get
+    no entry, so that touching one is an error and not a stray write.
     """
     context = get_forward_context()
     metadata: dict[str, Any] = {}
     slots: dict[str, Any] = {}
+    of_stage: dict[int, Any] = {}
     for group in (g for groups in attn_groups for g in groups):
         builder = group.get_metadata_builder()
         whole = _InPlanOrder(context.attn_metadata[group.layer_names[0]], plan)
-        layers = {name: extract_layer_index(name) for name in group.layer_names}
         for stage in plan.stages:
-            names = [n for n, i in layers.items() if stage.first_layer <= i < stage.end_layer]
+            names = names_within(group.layer_names, stage.first_layer, stage.end_layer)
             if not names:
                 continue
-            built = builder.build(0, whole.at(stage))
+            common = whole.at(stage)
+            built = of_stage.get(stage.first_layer)
+            if built is None or not builder.supports_update_block_table:
+                built = of_stage[stage.first_layer] = builder.build(0, common)
+            else:
+                tables = common.block_table_tensor, common.slot_mapping
+                built = builder.update_block_table(built, *tables)
             metadata.update(dict.fromkeys(names, built))
-            slots.update(dict.fromkeys(names, whole.slot_mapping[: stage.num_rows]))
+            slots.update(dict.fromkeys(names, common.slot_mapping))
     context.attn_metadata = metadata
     context.slot_mapping = slots
 
