@@ -118,6 +118,11 @@ def outcome(output: RequestOutput) -> dict[str, Any]:
     }
 
 
+def preemptions(llm: Any) -> int:
+    """Since the engine was made; it has to keep statistics."""
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
 def run_vanilla(
     checkpoints: Sequence[Path],
     prompts: Sequence[list[int]],

@@ -7,7 +7,7 @@ from vllm import SamplingParams
 
 from raee_serve.engine.segments import Segment
 from raee_serve.engine.settings import engine_options, exit_args
-from tests.engine.engines import generate_at, tiny_engine
+from tests.engine.engines import generate_at, preemptions, tiny_engine
 from tests.engine.reference import mixed_mismatches
 from tests.engine.traffic import random_requests, serve, wrong_tokens
 from tests.engine.workload import mixed_requests
@@ -33,10 +33,6 @@ def checkpoint(tmp_path_factory):
 
 def scheduler_of(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def preemptions(llm):
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
 def test_no_wrong_token_and_no_lost_block_in_a_small_pool(checkpoint):

@@ -1,4 +1,4 @@
-"""Tensor parallel: every rank follows the same plan, and has the KV segments of it."""
+"""Tensor parallel: every rank follows the same plan."""
 
 import pytest
 

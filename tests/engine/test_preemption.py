@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.engine.engines import generate_at, tiny_engine
+from tests.engine.engines import generate_at, preemptions, tiny_engine
 from tests.engine.reference import mixed_mismatches
 from tests.tiny import ENGINE_SIZES, saved, tiny_llama
 
@@ -31,10 +31,6 @@ def cramped(checkpoint):
     }
     with tiny_engine(checkpoint, **args) as llm:
         yield llm
-
-
-def preemptions(llm):
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
 def test_preempted_requests_equal_cut_checkpoints(cramped, checkpoint):

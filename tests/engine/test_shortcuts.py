@@ -9,10 +9,9 @@ from vllm.config import KVEventsConfig
 from raee_serve.engine.settings import engine_options, exit_args
 from raee_serve.errors import BindingError, TableError
 from tests import tiny
-from tests.engine.engines import generate_at, tiny_engine
+from tests.engine.engines import generate_at, preemptions, tiny_engine
 from tests.engine.reference import mixed_mismatches
 from tests.engine.test_kv_events import BLOCK, stored_blocks
-from tests.engine.test_preemption import preemptions
 from tests.engine.workload import mixed_requests
 
 pytestmark = pytest.mark.engine
@@ -91,7 +90,7 @@ def test_other_features_leave_it_the_same(llama, stored, changes):
     changes = dict(changes)
     shortcuts = tiny.random_shortcuts(llama, LAYERS)
     shortcuts.save(stored)
-    options = engine_options(changes.pop("kv_segments", "auto"), stored)
+    options = engine_options(changes.pop("kv_segments"), stored)
     rng = random.Random(5)
     phrase = [rng.randrange(5, 500) for _ in range(6)]
     prompts = [[*phrase * 20, 5 + i] for i in range(12)]  # each grows out of its first block
