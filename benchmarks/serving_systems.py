@@ -1,16 +1,17 @@
 """The OpenAI servers that are compared: vanilla vLLM on whole and cut checkpoints, and this."""
 
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raee_serve.evaluation.metrics_page import page, samples
+from benchmarks.metrics_page import page, samples
 from raee_serve.evaluation.server_process import (
+    VANILLA_ENVIRONMENT,
     awake,
+    raee_command,
     running_process,
     standing_still,
     vanilla_command,
@@ -18,8 +19,6 @@ from raee_serve.evaluation.server_process import (
 
 SERVE_FLAGS = ("--enforce-eager", "--no-enable-prefix-caching", "--max-model-len", "2048")
 """The same for every system. Eager is vanilla's best on CPU: compiled runs no faster there."""
-ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-VANILLA_ENVIRONMENT = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +82,8 @@ def raee_server(
     model: str, table: str, dtype: str, flags: Sequence[str], log: Path
 ) -> Iterator[ServedSystem]:
     """flags: further ones of `raee-serve serve`."""
-    command = [sys.executable, "-m", "raee_serve.cli", "serve", model, "--table", table]
-    command += ["--dtype", dtype, *SERVE_FLAGS, *flags]
-    with started("raee-serve", command, ENVIRONMENT, log) as system:
+    command = raee_command(model, ["--table", table, "--dtype", dtype, *SERVE_FLAGS, *flags])
+    with started("raee-serve", command, {}, log) as system:
         yield system
 
 

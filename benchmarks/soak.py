@@ -18,7 +18,6 @@ import asyncio
 import json
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -34,12 +33,16 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import machine
-from benchmarks.serving_systems import VANILLA_ENVIRONMENT
+from benchmarks.metrics_page import total
 from benchmarks.tables import build_table
 from raee_serve.checkpoints import local_checkpoint
-from raee_serve.evaluation.metrics_page import total
 from raee_serve.evaluation.run import PATIENT_TIMEOUT_MS
-from raee_serve.evaluation.server_process import running_process, vanilla_command
+from raee_serve.evaluation.server_process import (
+    VANILLA_ENVIRONMENT,
+    raee_command,
+    running_process,
+    vanilla_command,
+)
 from raee_serve.table.datasets import load_examples
 from raee_serve.table.tasks import get_task
 
@@ -325,9 +328,8 @@ def server(
         command = vanilla_command(checkpoint, args.model, ["--enforce-eager", *FLAGS])
         return running_process(command, VANILLA_ENVIRONMENT, log=args.log)
     build_table(args.model, [TASK], table, limit=24)
-    command = [sys.executable, "-m", "raee_serve.cli", "serve", args.model, "--table", table]
-    command += [*FLAGS, "--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
-    return running_process(command, log=args.log)
+    flags = ["--table", table, *FLAGS, "--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
+    return running_process(raee_command(args.model, flags), log=args.log)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from raee_serve.checkpoints import resolve_backbone
 from raee_serve.evaluation.asking import Answer, Asker, asker
 from raee_serve.evaluation.report import TaskResult, as_json, as_table
-from raee_serve.evaluation.run import OWN_SERVER_FLAGS, evaluate, shuffled_rows
+from raee_serve.evaluation.run import LENGTH_FLAGS, OWN_SERVER_FLAGS, evaluate, shuffled_rows
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.table.datasets import DEFAULT_ROOT, Example
 from raee_serve.table.task import Task
@@ -27,7 +27,6 @@ TABLE_ROWS, EVAL_ROWS, SHOWN = 300, 60, 2
 """At most, a task: rows built, rows evaluated, prompts whose answers are printed."""
 SEED = 0
 CONCURRENCY = 16
-SERVER_FLAGS = (*OWN_SERVER_FLAGS, "--max-model-len", "2048")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,8 @@ def run_part(part: Part) -> dict[str, TaskResult]:
         table = str(Path(scratch) / "table")
         build_table(part.backbone, names, data, table)
         print(f"$ raee-serve serve {part.backbone} --table {table}", flush=True)
-        with running_server(part.backbone, ["--table", table, *SERVER_FLAGS]) as url:
+        flags = ["--table", table, *OWN_SERVER_FLAGS, *LENGTH_FLAGS]
+        with running_server(part.backbone, flags) as url:
             return asyncio.run(ask_and_evaluate(asker(url, part.backbone), tasks, examples))
 
 

@@ -19,9 +19,9 @@ from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.baselines import Answers, baselines
 from raee_serve.evaluation.offline_report import as_json, as_tables
 from raee_serve.evaluation.probed import KnownVectors, ProbeCache, ProbedTask
-from raee_serve.exit_points import parse_points
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.aggregate import RULES, rule_named
+from raee_serve.retrieval.points_command import points_named
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.server.settings import DepthSettings
 from raee_serve.table.datasets import Example
@@ -58,6 +58,7 @@ def run(
     if not args.table or args.base_url:
         raise RaeeError("--offline needs --table DIR and no --base-url: there is no server")
     own = _server_flags(rest)
+    own.exit_points = points_named(own.exit_points, args.table)
     settings = DepthSettings(table=args.table, k=args.k, **vars(own))
     metadata = ExitTable.open(args.table).metadata
     _check(tasks, metadata, args.table)
@@ -134,16 +135,11 @@ def _server_flags(rest: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vote-weight", type=float)
     parser.add_argument("--max-distance", type=float)
     parser.add_argument("--encoder")
-    parser.add_argument("--exit-points", type=_points, default=())
+    parser.add_argument("--exit-points", default="any")
     own, other = parser.parse_known_args(rest)
     if other:
         raise RaeeError(f"{' '.join(other)} is for a server, which --offline does without")
     return own
-
-
-def _points(text: str) -> tuple[int, ...]:
-    """The layers at which exits are decided; without a server there is no reason for `auto`."""
-    return () if text == "any" else parse_points(text)
 
 
 def _check(tasks: Sequence[Task], metadata: TableMetadata, uri: str) -> None:

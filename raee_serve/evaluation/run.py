@@ -20,6 +20,8 @@ from raee_serve.table.tasks import get_task
 PATIENT_TIMEOUT_MS = 60_000
 OWN_SERVER_FLAGS = ("--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS), "--no-enable-prefix-caching")
 """So that quality is not a matter of time-outs, and the second run gains nothing from the first."""
+LENGTH_FLAGS = ("--max-model-len", "2048")
+"""Long enough for all tasks, and less memory than the models' own lengths take."""
 WARM_UP = 4
 """Requests before anything is timed, at full and at retrieved depth each."""
 
@@ -27,8 +29,8 @@ DESCRIPTION = """Ask a server about a task's test rows, once at full depth and o
 depths, and compare quality, depth and speed. Starts a server of its own unless --base-url names
 one; flags not listed here go to that server. With --offline there is no server: the rows are probed
 (once, then kept), and several rules compared with each other and with what needs no decision; of
-the server's flags --fraction, --vote-weight, --max-distance and --encoder apply. The last line is
-one JSON object."""
+the server's flags --fraction, --vote-weight, --max-distance, --encoder and --exit-points apply. The
+last line is one JSON object."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,8 @@ from raee_serve.errors import RaeeError
 
 LOG_TAIL_CHARS = 4000
 STOP_TIMEOUT_S = 30.0
+VANILLA_ENVIRONMENT = {"VLLM_PLUGINS": "", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""Of vLLM's own server: our plug-in does not load, and the model runner is that of ours on CPU."""
 
 
 class ServerStartError(RaeeError):
@@ -34,7 +36,7 @@ def running_server(
     log: file for its output; by default one that is deleted afterwards.
     Raises ServerStartError.
     """
-    command = [sys.executable, "-m", "raee_serve.cli", "serve", model, *flags]
+    command = raee_command(model, flags)
     with running_process(command, log=log, start_timeout_s=start_timeout_s) as (url, _):
         yield url
 
@@ -71,6 +73,11 @@ def running_process(
             _stop(process)
 
 
+def raee_command(model: str, flags: Sequence[str]) -> list[str]:
+    """Starts raee-serve."""
+    return [sys.executable, "-m", "raee_serve.cli", "serve", model, *flags]
+
+
 def vanilla_command(checkpoint: Path, model: str, flags: Sequence[str]) -> list[str]:
     """Starts vLLM's own server. model: the name by which requests ask for it."""
     # Not `vllm serve`: that command needs a package named vllm, which the CPU build is not.
@@ -81,21 +88,26 @@ def vanilla_command(checkpoint: Path, model: str, flags: Sequence[str]) -> list[
 @contextmanager
 def standing_still(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """While open, the process and its children run only where it is `awake`."""
-    os.killpg(process.pid, signal.SIGSTOP)
-    try:
+    with _signalled(process, signal.SIGSTOP, signal.SIGCONT):  # stopped, it could not be ended
         yield
-    finally:
-        os.killpg(process.pid, signal.SIGCONT)  # or it would not hear that it is to end
 
 
 @contextmanager
 def awake(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Of a process that stands still otherwise."""
-    os.killpg(process.pid, signal.SIGCONT)
+    with _signalled(process, signal.SIGCONT, signal.SIGSTOP):
+        yield
+
+
+@contextmanager
+def _signalled(
+    process: subprocess.Popen[bytes], first: signal.Signals, last: signal.Signals
+) -> Iterator[None]:
+    os.killpg(process.pid, first)
     try:
         yield
     finally:
-        os.killpg(process.pid, signal.SIGSTOP)
+        os.killpg(process.pid, last)
 
 
 def free_port() -> int:

@@ -22,7 +22,7 @@ from typing import Any
 from raee_serve.checkpoints import resolve_backbone
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.asking import asker
-from raee_serve.evaluation.run import OWN_SERVER_FLAGS, shuffled_rows
+from raee_serve.evaluation.run import LENGTH_FLAGS, OWN_SERVER_FLAGS, shuffled_rows
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.evaluation.summary_report import (
     RowResult,
@@ -44,7 +44,10 @@ TASKS = {
     "gemma3-270m": ("cnndm_shots", "xsum_shots"),
 }
 """The tasks of each backbone that are summarised unless others are named."""
-SERVER_FLAGS = (*OWN_SERVER_FLAGS, "--max-model-len", "2048")
+BUDGETS = (0.98, 0.95, 0.9)
+"""Shares of full depth's quality that retrieved exits are to keep."""
+WORDS = 400
+"""Of a document, from its beginning."""
 SEED = 0
 
 Found = dict[str, list[RowResult]]
@@ -82,11 +85,7 @@ def part_of(args: argparse.Namespace, model: str) -> Part:
         if task.kind != "free-text":
             raise TaskError(f"task {task.name} has label words for answers; allowed: free text")
     examples = {
-        task.name: [
-            Example(" ".join(row.text.split()[: args.words]), row.gold)
-            for row in shuffled_rows(task, args.data, args.limit, SEED)
-        ]
-        for task in tasks
+        task.name: shortened_rows(task, args.data, args.limit, SEED, args.words) for task in tasks
     }
     return Part(model, str((args.tables or args.out / "tables") / model), tasks, examples)
 
@@ -104,7 +103,8 @@ def summarise(args: argparse.Namespace, part: Part) -> Found:
         **{name: getattr(args, name) for name in named},
     }
     kept = Kept(args.out / f"{part.model}.jsonl", settings)
-    with running_server(part.model, ["--table", part.table, *SERVER_FLAGS]) as url:
+    flags = ["--table", part.table, *OWN_SERVER_FLAGS, *LENGTH_FLAGS]
+    with running_server(part.model, flags) as url:
         rows = asyncio.run(ask_part(args, part, url, rows_of(exits, args.budgets), kept))
     return {
         task.name: results(
@@ -135,6 +135,16 @@ def known_exits(metadata: TableMetadata, tasks: Sequence[Task]) -> list[int]:
     layers = {layer for entry in entries for layer in entry.shortcut_layers}
     layers = layers or {layer for entry in entries for layer in entry.layers}
     return sorted(layers - {metadata.backbone.num_layers})
+
+
+def shortened_rows(
+    task: Task, root: str | None, limit: int | None, seed: int, words: int = WORDS
+) -> list[Example]:
+    """As `shuffled_rows`, the documents cut to their first `words`."""
+    return [
+        Example(" ".join(row.text.split()[:words]), row.gold)
+        for row in shuffled_rows(task, root, limit, seed)
+    ]
 
 
 def answer_settings(task: Task, max_tokens: int) -> dict[str, Any]:
@@ -192,7 +202,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--limit", type=int, default=200, metavar="N", help="test documents a task (default: 200)"
     )
     parser.add_argument(
-        "--words", type=int, default=400, help="of a document, from its beginning (default: 400)"
+        "--words",
+        type=int,
+        default=WORDS,
+        help=f"of a document, from its beginning (default: {WORDS})",
     )
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer (default: 64)")
     parser.add_argument(
@@ -206,9 +219,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--budgets",
         type=float,
         nargs="*",
-        default=[0.98, 0.95, 0.9],
+        default=list(BUDGETS),
         metavar="Q",
-        help="shares of full depth's quality to keep (default: 0.98 0.95 0.9)",
+        help=f"shares of full depth's quality to keep (default: {' '.join(map(str, BUDGETS))})",
     )
     parser.add_argument("--concurrency", type=int, default=16, help="default: 16")
     return parser.parse_args(argv)

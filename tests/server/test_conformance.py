@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from raee_serve.evaluation.server_process import running_process, vanilla_command
+from raee_serve.evaluation.server_process import (
+    VANILLA_ENVIRONMENT,
+    running_process,
+    vanilla_command,
+)
 from raee_serve.table.probe import default_dtype
 from tests.server.asking import decisions
 from tests.server.conformance import client
@@ -81,8 +85,7 @@ def vanilla(smollm2):
     command = vanilla_command(smollm2, MODEL, ["--enforce-eager", *VLLM_FLAGS])
     if default_dtype(torch.device("cpu")) is torch.float32:
         command += ["--dtype", "float32"]  # as raee-serve chooses by itself
-    environment = {"VLLM_PLUGINS": "", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    with running_process(command, environment) as (url, _):
+    with running_process(command, VANILLA_ENVIRONMENT) as (url, _):
         return {name: ask(name, url, selected=OF_CLIENT[name]) for name in CLIENTS}
 
 

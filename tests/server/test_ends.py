@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from raee_serve.evaluation.metrics_page import total
+from benchmarks.metrics_page import total
 from raee_serve.evaluation.server_process import running_process
 from tests.tiny import ENGINE_SIZES, WITH_TOKENIZER, tiny_llama, tokenized
 

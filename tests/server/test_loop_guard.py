@@ -2,7 +2,7 @@
 
 import pytest
 
-from raee_serve.evaluation.metrics_page import total
+from benchmarks.metrics_page import total
 from raee_serve.server.loops import LoopDetector
 from tests.server.conftest import MODEL
 

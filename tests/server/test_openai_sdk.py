@@ -6,7 +6,7 @@ import pytest
 from openai import AsyncOpenAI
 from transformers import AutoTokenizer
 
-from raee_serve.evaluation.metrics_page import page
+from benchmarks.metrics_page import page
 from tests.server.asking import LABELS, complete, decisions
 from tests.server.conftest import MODEL, NUM_LAYERS
 

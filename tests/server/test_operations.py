@@ -5,7 +5,7 @@ import urllib.request
 
 import pytest
 
-from raee_serve.evaluation.metrics_page import page
+from benchmarks.metrics_page import page
 from tests.server.asking import complete, decisions, post
 from tests.server.conftest import MODEL, NUM_LAYERS
 

@@ -5,10 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-import urllib.request
 
 import pytest
 
+from benchmarks.metrics_page import page
 from benchmarks.serving_systems import decided_in
 from raee_serve.table.tasks import get_task
 from tests.conftest import REPOSITORY
@@ -24,13 +24,8 @@ LM_EVAL = shutil.which("lm_eval")
 @pytest.fixture
 def decided(served):
     """What the server has decided since the test began."""
-
-    def now():
-        with urllib.request.urlopen(f"{served.url}/metrics", timeout=60) as answer:
-            return decided_in(answer.read().decode())
-
-    before = now()
-    return lambda: now().since(before)
+    before = decided_in(page(served.url))
+    return lambda: decided_in(page(served.url)).since(before)
 
 
 def run(*command):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from raee_serve.evaluation.metrics_page import total
+from benchmarks.metrics_page import total
 from raee_serve.table.store import ExitTable
 from tests.server.asking import complete, post
 from tests.server.conftest import MODEL, ROWS

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from openai import APIStatusError, BadRequestError, OpenAI
 
+from benchmarks.metrics_page import total
 from raee_serve.cli import main
-from raee_serve.evaluation.metrics_page import total
 from raee_serve.evaluation.run import PATIENT_TIMEOUT_MS
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.server.sampling import agreement

@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from raee_serve.evaluation.metrics_page import page, total
+from benchmarks.metrics_page import page, total
 
 pytestmark = pytest.mark.unit
 

@@ -19,6 +19,7 @@ from raee_serve.evaluation.suite import (
     keys,
     neighbours,
     paper,
+    peer_speed,
     peers,
     shift,
     size,
@@ -81,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=400,
         metavar="N",
-        help="prompts of a label-word task of which speed is measured; 0: none (default: 400)",
+        help="prompts of a label-word task of which speed is measured, by peers at most "
+        f"{peer_speed.PROMPTS}; 0: none (default: 400)",
     )
     parser.add_argument(
         "--documents",
@@ -118,6 +120,8 @@ def run(args: argparse.Namespace) -> None:
             args.documents,
         )
         material = Material.of(source, args.task)
+        if args.served and any(STUDIES[name].serves for name in names):
+            _check_enough(material)
         for name in names:
             print(f"raee-serve: {name}: {STUDIES[name].question}", flush=True)
             _study(name, material, args.out)
@@ -126,11 +130,26 @@ def run(args: argparse.Namespace) -> None:
     print(f"raee-serve: {write_report(args.out, STUDIES)}", flush=True)
 
 
+def _check_enough(material: Material) -> None:
+    """Raises RaeeError for a task with too few prompts to measure speed on."""
+    for task in material.tasks:
+        asked = len(material.asked(task).golds)
+        if asked < LEAST_SERVED:
+            raise RaeeError(
+                f"{asked} prompts of task {task.name} to measure speed on; allowed: at least "
+                f"{LEAST_SERVED} (--limit), or --served 0"
+            )
+
+
 def _study(name: str, material: Material, out: Path) -> None:
     """Run it, unless what it found under the same settings is there."""
     settings = _settings(material)
     if STUDIES[name].serves:
-        settings |= {"served": material.source.served, "documents": material.source.documents}
+        settings |= {
+            "served": material.source.served,
+            "documents": material.source.documents,
+            "summaries": [task.name for task in material.summaries],
+        }
     kept = out / f"{name}.json"
     if kept.is_file() and findings.from_json(kept.read_text(), settings) is not None:
         print(f"raee-serve: {name}: kept from before", flush=True)

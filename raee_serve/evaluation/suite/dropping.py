@@ -48,19 +48,24 @@ class LayerDropping:
         """The n others, ascending."""
         return sorted(self._least_first[len(self._least_first) - n :].tolist())
 
-    def answers(self, n: int) -> tuple[dict[str, Answers], dict[str, Array]]:
-        """By task what is answered with n layers left out, calibrated on the table's rows, and the
-        bias, [num_labels], by which it is."""
+    def answers(self, n: int) -> dict[str, Answers]:
+        """By task what is answered with n layers left out, calibrated on the table's rows."""
         share = 1 - n / self._backbone.num_layers
         ways: dict[str, Answers] = {}
-        biases: dict[str, Array] = {}
+        biases = self.biases(n)
         with self._backbone.without(self.dropped(n)):
             for task in self._material.tasks:
-                name = task.name
-                biases[name] = calibrated(self._scores(task, self._rows[name])[:, None]).bias[0]
-                scores = self._scores(task, self._prompts[name]) - biases[name]
-                ways[name] = Answers(scores.argmax(axis=1), share)
-        return ways, biases
+                scores = self._scores(task, self._prompts[task.name]) - biases[task.name]
+                ways[task.name] = Answers(scores.argmax(axis=1), share)
+        return ways
+
+    def biases(self, n: int) -> dict[str, Array]:
+        """By task, [num_labels]: how the table's rows lean to each label with n layers left out."""
+        with self._backbone.without(self.dropped(n)):
+            return {
+                task.name: calibrated(self._scores(task, self._rows[task.name])[:, None]).bias[0]
+                for task in self._material.tasks
+            }
 
     def _token_ids(self, task: Task, texts: Sequence[str]) -> list[list[int]]:
         return [prompt_token_ids(self._backbone.tokenizer, task.render(text)) for text in texts]

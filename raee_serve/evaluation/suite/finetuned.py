@@ -59,7 +59,7 @@ def _material(
     TaskBuilder(task, table, LayerProbe(checkpoint), encoder).build(train)
     limit = PROMPTS if source.limit is None else min(source.limit, PROMPTS)
     own = replace(source, model=str(checkpoint), table=table.uri, limit=limit)
-    return Material.of(own, [task.name])
+    return Material.of(own, [task.name], folder / "test-rows")
 
 
 def _answers(own: Material, task: Task) -> dict[str, Answers]:

@@ -63,9 +63,13 @@ class Material:
     _asked: dict[str, ProbedTask] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source: Source, names: Sequence[str]) -> Material:
-        """names: of tasks, all of the table by default. Raises RaeeError for a table of another
-        backbone, and for tasks that are not in it or of which none has label words."""
+    def of(cls, source: Source, names: Sequence[str], probes_root: Path | None = None) -> Material:
+        """names: of tasks, all of the table by default. probes_root: where probed test rows are
+        kept, by default with all others.
+
+        Raises RaeeError for a table of another backbone, and for tasks that are not in it or of
+        which none has label words.
+        """
         table = ExitTable.open(source.table)
         checkpoint = local_checkpoint(source.model)
         backbone = identify_backbone(checkpoint)
@@ -80,7 +84,7 @@ class Material:
                 f"{source.table}, which holds {', '.join(table.metadata.tasks)}"
             )
         encoder = table.metadata.encoder
-        probes = ProbeCache(checkpoint, backbone, encoder, encoder.name)
+        probes = ProbeCache(checkpoint, backbone, encoder, encoder.name, probes_root)
         return cls(source, with_labels, summaries, table, checkpoint, backbone, probes)
 
     def rows(self, task: Task) -> TaskRows:

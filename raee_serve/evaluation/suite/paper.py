@@ -22,6 +22,7 @@ from raee_serve.evaluation.suite.serving import (
     speed,
 )
 from raee_serve.evaluation.suite.summarised import Documents, settings
+from raee_serve.evaluation.summaries import BUDGETS
 from raee_serve.evaluation.summary_report import published
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, rows_of
 from raee_serve.retrieval.aggregate import RULES
@@ -44,8 +45,6 @@ REPORTED: dict[str, dict[str, float]] = {
 }
 """Percent, arXiv 2405.15198; other prompts' wording, all of each test set. Its mean of the eight is
 57.39, Llama-3-8B's at full depth 41.80."""
-BUDGETS = (0.98, 0.95, 0.9)
-"""Shares of full depth's quality that retrieved exits of summaries are to keep."""
 REPORTED_ROUGE_L = "paper: RAEE, summaries"
 SUMMARIES = "summaries, "
 """How the ways of summaries are named, before what `rows_of` calls them."""
@@ -83,7 +82,7 @@ def run(material: Material) -> Findings:
                 notes.append(SERVED_NOTE)
             if documents.texts:
                 summaries, compared = _summarised(material, system, documents)
-                rows, notes = [*rows, *summaries], [*notes, *compared]
+                rows, notes = [*rows, *summaries], [*notes, *compared, DOCUMENTS_NOTE]
     return Findings(
         [*rows, *_reported(material)],
         Picture("depth", "accuracy", "way"),
@@ -92,6 +91,10 @@ def run(material: Material) -> Findings:
     )
 
 
+DOCUMENTS_NOTE = (
+    "Summaries: full depth and all budgets on the same documents, which the first budget alone has "
+    "to embed."
+)
 SERVED_NOTE = (
     f"requests/s: {CONCURRENCY} under way at once, retrieval included; each rule is asked about "
     "another share of the prompts, for the server remembers the vectors of texts; speed: over that "
@@ -142,8 +145,8 @@ def _summarised(
     notes: list[str] = []
     theirs = documents.rouge_l(full)
     for row, own in zip(asked, timed, strict=True):
-        depth = round(float(np.mean([part.depth for part in own.values()])), 4)
-        figures = documents.scored(own) | {"depth": depth} | speed(own, full)
+        depths = [part.depth for part in own.values()]
+        figures = documents.scored(own, depths) | speed(own, full)
         rows.append({"way": SUMMARIES + row.name, **figures})
         notes += [
             f"{SUMMARIES}{row.name} against full depth, ROUGE-L of {task}, paired: "

@@ -11,6 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from raee_serve.cut import checkpoint_of
@@ -53,6 +54,7 @@ NOTES = (
     "answer of one label word leaves n-gram drafts nothing to draft.",
     "static truncation, layers dropped: as many layers as retrieved exits run on average, rounded.",
 )
+CPU_ONLY = "Speed was not measured: two servers at once would each want the GPU's memory."
 
 Biases = Mapping[str, NDArray[np.float64]]
 """By label-word task: [num_labels], what its scores are freed of."""
@@ -81,7 +83,9 @@ def measured(material: Material, dropping: LayerDropping) -> tuple[list[Row], Se
     """A row of each system for label words and one for summaries, and what is to be said of them;
     nothing where the material has neither to be served. Raises ServerStartError."""
     study = _Study(material, dropping)
-    return (study.rows(), NOTES) if study.prompts else ([], ())
+    if not study.prompts:
+        return [], ()
+    return ([], (CPU_ONLY,)) if torch.cuda.is_available() else (study.rows(), NOTES)
 
 
 class _Study:
@@ -132,7 +136,7 @@ class _Study:
             n = min(max(round(depth * self._num_layers), 1), self._num_layers - 1)
             biases: Biases = {}
             if kind == "labels":
-                _, biases = self._dropping.answers(self._num_layers - n)
+                biases = self._dropping.biases(self._num_layers - n)
             for name, layers, own in (
                 ("static truncation", list(range(1, n + 1)), self._biases_at(n)),
                 ("layers dropped", self._dropping.kept(n), biases),
@@ -216,7 +220,7 @@ class _Study:
             rows.append(line("label words", list(labels), averaged(self._material, labels)))
         summaries = [task.name for task in self._documents.texts if task.name in own]
         if summaries:
-            mean = float(np.mean([depth(own[name]) for name in summaries]))
-            quality = self._documents.scored(own) | {"depth": round(mean, 4)}
+            depths = [depth(own[name]) for name in summaries]
+            quality = self._documents.scored(own, depths)
             rows.append(line("summaries", summaries, quality))
         return rows

@@ -41,7 +41,7 @@ def run(material: Material) -> Findings:
     dropping = LayerDropping(material)
     for share in tqdm(DROPPED, desc="layers dropped", unit="share"):
         dropped = max(1, round(share * num_layers))
-        way, _ = dropping.answers(dropped)
+        way = dropping.answers(dropped)
         rows.append(_line(material, "layers dropped by block influence", dropped, way))
     notes = [
         "confidence threshold: exit after the first layer whose most probable label word has that "

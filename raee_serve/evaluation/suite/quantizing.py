@@ -41,9 +41,11 @@ def int8_checkpoint(source: Path, target: Path) -> Path:
     for file in weight_files(source):
         for name, weight in load_file(file).items():
             if name.endswith(PROJECTION):
-                scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
-                tensors[name] = (weight.float() / scale).round().to(torch.int8)
-                tensors[f"{name}_scale"] = scale.to(weight.dtype)
+                largest = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-8)
+                scale = (largest / 127).to(weight.dtype)
+                steps = (weight.float() / scale.float()).round().clamp(-127, 127)
+                tensors[name] = steps.to(torch.int8)
+                tensors[f"{name}_scale"] = scale
             else:
                 tensors[name] = weight
     weights = shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.gguf", "config.json")

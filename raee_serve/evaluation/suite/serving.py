@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from numpy.typing import NDArray
 from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Answer, asker
 from raee_serve.evaluation.metrics import predicted_label
-from raee_serve.evaluation.run import OWN_SERVER_FLAGS
+from raee_serve.evaluation.run import LENGTH_FLAGS, OWN_SERVER_FLAGS, WARM_UP
 from raee_serve.evaluation.server_process import (
+    VANILLA_ENVIRONMENT,
     awake,
+    raee_command,
     running_process,
     standing_still,
     vanilla_command,
@@ -35,12 +36,8 @@ TURN: dict[Kind, int] = {"labels": 64, "free-text": 16}
 """Prompts that a way is asked about, more or less, before another one has its turn."""
 ALONE_SHARE = 8
 """One in so many prompts of a task is asked alone, for its latency."""
-WARM_UP = 4
-"""Requests before anything is timed, of each way and task."""
-LENGTH_FLAGS = ("--max-model-len", "2048")
 VANILLA_FLAGS = ("--enforce-eager", "--no-enable-prefix-caching", *LENGTH_FLAGS)
 """As raee-serve's own: compiling gains nothing on CPU, and no way profits from another's turn."""
-VANILLA_ENVIRONMENT = {"VLLM_PLUGINS": "", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +56,8 @@ class System:
 @contextmanager
 def raee_system(model: str, table: str) -> Iterator[System]:
     """raee-serve, standing still. Raises ServerStartError."""
-    command = [sys.executable, "-m", "raee_serve.cli", "serve", model, "--table", table]
-    command += [*_dtype_flags(), *OWN_SERVER_FLAGS, *LENGTH_FLAGS]
-    with running_process(command) as (url, process), standing_still(process):
+    flags = ["--table", table, *_dtype_flags(), *OWN_SERVER_FLAGS, *LENGTH_FLAGS]
+    with running_process(raee_command(model, flags)) as (url, process), standing_still(process):
         yield System(url, model, process=process)
 
 

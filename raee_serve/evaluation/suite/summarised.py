@@ -11,15 +11,12 @@ from numpy.typing import NDArray
 
 from raee_serve.evaluation.asking import SUMMARY_TOKENS
 from raee_serve.evaluation.metrics import rouge
-from raee_serve.evaluation.run import shuffled_rows
 from raee_serve.evaluation.suite.findings import Row
 from raee_serve.evaluation.suite.material import Material
 from raee_serve.evaluation.suite.serving import Timed
-from raee_serve.evaluation.summaries import answer_settings
+from raee_serve.evaluation.summaries import answer_settings, shortened_rows
 from raee_serve.table.task import Task
 
-WORDS = 400
-"""Of a document, from its beginning."""
 DRAWS = 10_000
 """Resamples for an interval."""
 
@@ -41,8 +38,8 @@ class Documents:
         texts: dict[Task, Sequence[str]] = {}
         references: dict[str, Sequence[str]] = {}
         for task in material.summaries if source.documents else ():
-            rows = shuffled_rows(task, source.data, source.documents, source.seed)
-            texts[task] = [" ".join(row.text.split()[:WORDS]) for row in rows]
+            rows = shortened_rows(task, source.data, source.documents, source.seed)
+            texts[task] = [row.text for row in rows]
             references[task.name] = [str(row.gold) for row in rows]
         return cls(texts, references)
 
@@ -53,8 +50,11 @@ class Documents:
             for name, own in self.references.items()
         }
 
-    def scored(self, way: Mapping[str, Timed]) -> Row:
-        """ROUGE-L: mean over the tasks, with the bootstrap 95% interval over their documents."""
+    def scored(self, way: Mapping[str, Timed], depths: Sequence[float]) -> Row:
+        """ROUGE-L: mean over the tasks, with the bootstrap 95% interval over their documents.
+
+        depths: mean exit layer / num_layers of each task.
+        """
         rng = np.random.default_rng(0)
         scores = self.rouge_l(way)
         means = {name: float(own.mean()) for name, own in scores.items()}
@@ -68,6 +68,7 @@ class Documents:
             "ROUGE-L": round(float(np.mean(list(means.values()))), 4),
             "low": round(float(low), 4),
             "high": round(float(high), 4),
+            "depth": round(float(np.mean(depths)), 4),
         }
 
 
