@@ -4,8 +4,7 @@ import argparse
 import json
 
 from raee_serve.errors import TaskError
-from raee_serve.retrieval.left_out import left_out
-from raee_serve.retrieval.task_index import choice_of
+from raee_serve.retrieval.points_command import task_exits
 from raee_serve.table.store import ExitTable
 
 
@@ -15,10 +14,11 @@ def table_exits(uri: str, task: str) -> list[float]:
     Raises TableError for an unusable table, TaskError for a task of which it has not two rows.
     """
     table = ExitTable.open(uri)
-    entry, num_layers = table.metadata.tasks.get(task), table.metadata.backbone.num_layers
-    if entry is None or table.count(task) < 2:
+    found = task_exits(table, task)
+    if found is None:
         raise TaskError(f"task {task!r} has not two rows in {uri}")
-    layers = left_out(table.rows(task), entry, num_layers).layers(choice_of(table.metadata, entry))
+    layers = found.rows.layers(found.choice)
+    num_layers = table.metadata.backbone.num_layers
     return [round(float((layers == d).mean()), 4) for d in range(1, num_layers + 1)]
 
 

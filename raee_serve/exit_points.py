@@ -1,7 +1,7 @@
 """Exit points: the layers after which requests may leave steps that run as CUDA graphs.
 
 Layers between two of them are one *segment*, captured as one graph for each batch size. An exit in
-between is still exact, but its steps run without graphs; so whoever decides exits rounds them up.
+between is still exact, but its steps run without graphs; so exits are decided at the points.
 """
 
 from bisect import bisect_left
@@ -22,20 +22,10 @@ def checked_points(points: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({*points, num_layers}))
 
 
-def parse_points(text: str) -> tuple[int, ...]:
-    """Layers from an option like `4,8,16`. Raises RaeeError for what is none."""
-    layers = [layer.strip() for layer in text.split(",")]
-    if not all(layer.isdecimal() for layer in layers):
-        raise RaeeError(
-            f"--exit-points is {text!r}; allowed: layers like 4,8,16; any; or, with --table, auto"
-        )
-    return tuple(map(int, layers))
-
-
 def even_points(num_layers: int, count: int = MAX_POINTS) -> tuple[int, ...]:
     """Up to `count` points at equal distances, where nothing is known of the exits to come."""
     count = min(count, num_layers)
-    return tuple(sorted({round(num_layers * (i + 1) / count) for i in range(count)} - {0}))
+    return tuple(sorted({round(num_layers * (i + 1) / count) for i in range(count)}))
 
 
 def choose_points(
@@ -82,7 +72,7 @@ def rounded_up(layer: int, points: Sequence[int]) -> int:
 
 
 def extra_layers(exits: Mapping[int, float], points: Sequence[int]) -> float:
-    """Layers that a request runs on average beyond its exit when it leaves at a point."""
+    """Layers that a request runs on average beyond its exit when it leaves at the next point."""
     total = sum(exits.values())
     extra = sum(weight * (rounded_up(layer, points) - layer) for layer, weight in exits.items())
     return extra / total if total else 0.0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,8 +19,9 @@ from raee_serve.table.store import ExitTable
 
 DESCRIPTION = """Choose exit points for `serve --exit-points`: the layers between which decoding
 runs from CUDA graphs. Each row is asked as if the table did not hold it; the points are those at
-which the rows' exits, rounded up, run the fewest extra layers. Prints accuracy (of free text, the
-share of full depth's quality that is kept) and depth with exits at any layer and at the points."""
+which the rows' exits, rounded up, run the fewest extra layers (a rule that the next point does not
+serve takes a later one). Prints accuracy (of free text, the share of full depth's quality that is
+kept) and depth with exits at any layer and at the points."""
 
 MAX_ROWS = 2000
 """Rows of a task that are asked, spread over all of them; time grows with their square."""
@@ -56,7 +56,8 @@ def run(args: Namespace) -> None:
     exits = _exits(tasks)
     points = choose_points(exits, num_layers, args.count)
     print(f"exit points: {','.join(map(str, points))}")
-    print(f"extra layers: {extra_layers(exits, points):.2f} of {num_layers}, on average")
+    least = extra_layers(exits, points)
+    print(f"extra layers: at least {least:.2f} of {num_layers}, on average")
     print(f"{'':12} {'any layer':>15} {'points':>15}")
     for task in tasks:
         free, limited = (task.rows.outcome(task.choice, p) for p in ((), points))
@@ -64,10 +65,22 @@ def run(args: Namespace) -> None:
         print(f"{task.name:12} {' '.join(told)}")
 
 
-def points_of(uri: str, count: int = MAX_POINTS) -> tuple[int, ...]:
-    """The exit points of a table. Raises as `run`."""
-    tasks, num_layers = _tasks(uri)
-    return choose_points(_exits(tasks), num_layers, count)
+def points_named(text: str, table: str | None) -> tuple[int, ...]:
+    """What `--exit-points` names: layers, `any` (none), or `auto`, those of the table.
+
+    Raises RaeeError for anything else, and as `run`.
+    """
+    if text == "any":
+        return ()
+    if text == "auto" and table is not None:
+        tasks, num_layers = _tasks(table)
+        return choose_points(_exits(tasks), num_layers)
+    layers = [layer.strip() for layer in text.split(",")]
+    if not all(layer.isdecimal() for layer in layers):
+        raise RaeeError(
+            f"--exit-points is {text!r}; allowed: layers like 4,8,16; any; or, with --table, auto"
+        )
+    return tuple(map(int, layers))
 
 
 def _exits(tasks: list[TaskExits]) -> Counter[int]:
@@ -78,19 +91,18 @@ def _exits(tasks: list[TaskExits]) -> Counter[int]:
 def _tasks(uri: str) -> tuple[list[TaskExits], int]:
     """Those of two rows or more, and the backbone's number of layers."""
     table = ExitTable.open(uri)
-    tasks = list(_of_each(table))
+    tasks = [t for name in table.metadata.tasks if (t := task_exits(table, name)) is not None]
     if not tasks:
         raise TableError(f"exit table {uri} holds no task of two rows or more; build it first")
     return tasks, table.metadata.backbone.num_layers
 
 
-def _of_each(table: ExitTable) -> Iterator[TaskExits]:
-    num_layers = table.metadata.backbone.num_layers
-    for name, entry in table.metadata.tasks.items():
-        rows = table.rows(name)
-        if len(rows) < 2:
-            continue
-        kept = rows.at(np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS)).astype(int))
-        choice = choice_of(table.metadata, entry)
-        choice = replace(choice, k=min(choice.k, len(kept) - 1))
-        yield TaskExits(name, left_out(kept, entry, num_layers), choice)
+def task_exits(table: ExitTable, name: str) -> TaskExits | None:
+    """None for a task of which the table has not two rows."""
+    entry = table.metadata.tasks.get(name)
+    if entry is None or table.count(name) < 2:
+        return None
+    rows = table.rows(name)
+    kept = rows.at(np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS)).astype(int))
+    asked = left_out(kept, entry, table.metadata.backbone.num_layers)
+    return TaskExits(name, asked, choice_of(table.metadata, entry))

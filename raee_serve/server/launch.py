@@ -163,19 +163,16 @@ def _tell(name: str, backbone: BackboneIdentity, kv_cache_bytes: int | None) -> 
 def _exit_points(asked: str | None, settings: DepthSettings) -> tuple[int, ...]:
     """What `--exit-points` asks for; none for any layer. Raises RaeeError for what is not one."""
     from raee_serve.engine.settings import is_off, on_cuda
-    from raee_serve.exit_points import parse_points
+    from raee_serve.retrieval.points_command import points_named
 
+    if is_off():
+        return ()
     if asked is None:
-        by_table = on_cuda() and settings.table is not None and not is_off()
-        asked = "auto" if by_table else "any"
+        asked = "auto" if on_cuda() and settings.table is not None else "any"
     fixed = settings.exit_layer or ""
-    if asked == "any":
-        return (int(fixed),) if fixed.isdecimal() else ()
-    if asked == "auto" and settings.table is not None:
-        from raee_serve.retrieval.points_command import points_of
-
-        return points_of(settings.table)
-    return parse_points(asked)
+    if asked == "any" and fixed.isdecimal():
+        return (int(fixed),)
+    return points_named(asked, settings.table)
 
 
 def _engine_options(args: argparse.Namespace, settings: DepthSettings) -> dict[str, Any]:

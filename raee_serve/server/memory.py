@@ -17,6 +17,8 @@ WORKER_BYTES = 2 * GIB
 activations and logits of a step."""
 BLOCK_TOKENS = 128
 """Of a KV block, as vLLM has them on CPUs."""
+STEP_TOKENS = 2048
+"""Of a step, at most, for each worker: what vLLM's servers take on CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +58,31 @@ def kv_cache_bytes(memory: Memory) -> int:
     return max(usual, memory.longest) // memory.workers
 
 
-def longest_request_bytes(config: Any, num_tokens: int, item_bytes: int) -> int:
+def longest_request_bytes(
+    config: Any, num_tokens: int, item_bytes: int, step_tokens: int = STEP_TOKENS
+) -> int:
     """KV cache of one request of `num_tokens`, keys and values of `item_bytes` each.
 
-    config: of the text model, by Transformers. A layer with a sliding window holds no more than
-    that. The block of each layer that vLLM keeps empty is counted in.
+    config: of the text model, by Transformers. step_tokens: most of one step. A layer with a
+    sliding window holds no more than that and a step's tokens, and may hold a part of one block
+    more (`SlidingWindowSpec.max_admission_blocks_per_request`). The block of each layer that vLLM
+    keeps empty is counted in.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    window = min(getattr(config, "sliding_window", None) or num_tokens, num_tokens)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    held = [window if kind == "sliding_attention" else num_tokens for kind in kinds]
-    blocks = sum(1 + -(-tokens // BLOCK_TOKENS) for tokens in held)
+    window = getattr(config, "sliding_window", None) or 0
+    sliding = _blocks(min(window - 1 + step_tokens, num_tokens)) + 1
+    every = "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [every] * config.num_hidden_layers
+    held = [sliding if kind == "sliding_attention" else _blocks(num_tokens) for kind in kinds]
+    blocks = sum(held) + len(held)
     return blocks * BLOCK_TOKENS * heads * head_size * 2 * item_bytes
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
 
 
 def _gib(size: int) -> str:

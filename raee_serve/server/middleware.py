@@ -130,7 +130,7 @@ def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
 
     distances = [None if d.distance is None else f"{d.distance:.4f}" for d in decisions]
     decided = [d.decided_layer for d in decisions]
-    shadow = {"x-raee-decided-layer": joined(decided)} if any(decided) else {}
+    otherwise = {"x-raee-decided-layer": joined(decided)} if any(decided) else {}
     return {
         "x-raee-exit-layer": joined([d.exit_layer for d in decisions]),
         "x-raee-exit-head": joined([d.exit_head for d in decisions]),
@@ -139,7 +139,7 @@ def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
         "x-raee-task": joined([d.task for d in decisions]),
         "x-raee-distance": joined(distances),
         "x-raee-lookup-ms": joined([f"{d.lookup_ms:.1f}" for d in decisions]),
-        **shadow,
+        **otherwise,
     }
 
 

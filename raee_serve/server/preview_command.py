@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quality", type=float, help="share of full depth's quality that free text is to keep"
     )
     parser.add_argument("--shortcuts-file", metavar="FILE", help="exit shortcuts, as for serve")
+    parser.add_argument(
+        "--exit-points",
+        default="any",
+        metavar="LAYERS",
+        help="as for serve; a server on CUDA takes auto by default (default: any)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
 
@@ -54,6 +60,7 @@ async def _previews(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]
 
     from raee_serve.checkpoints import local_checkpoint
     from raee_serve.fingerprint import identify_backbone
+    from raee_serve.retrieval.points_command import points_named
     from raee_serve.server.explain import raee_object
     from raee_serve.server.loading import load_gate
     from raee_serve.server.prompts import Kind
@@ -65,6 +72,7 @@ async def _previews(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]
         encoder=args.encoder,
         lookup_timeout_ms=60_000,
         shortcuts_file=args.shortcuts_file,
+        exit_points=points_named(args.exit_points, args.table),
     )
     with redirect_stdout(sys.stderr):  # what is loaded is not part of the answer
         gate = load_gate(

@@ -31,7 +31,7 @@ from raee_serve.server.cores import spare_cores
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.gate import Gate
 from raee_serve.server.lookup import LookupBatcher
-from raee_serve.server.memory import Memory, kv_cache_bytes, longest_request_bytes
+from raee_serve.server.memory import STEP_TOKENS, Memory, kv_cache_bytes, longest_request_bytes
 from raee_serve.server.middleware import MIDDLEWARE
 from raee_serve.table.probe import default_dtype
 
@@ -153,6 +153,7 @@ def size_kv_cache(args: Namespace) -> int | None:
     item_bytes = 4 if args.dtype in ("float32", "float") else 2
     stored_bytes = getattr(config.dtype, "itemsize", 2)
     length = args.max_model_len or config.max_position_embeddings
+    step_tokens = args.max_num_batched_tokens or STEP_TOKENS * args.tensor_parallel_size
     # With several NUMA nodes as if all workers were on the first: vLLM binds each to one.
     node = get_memory_node_info(get_visible_memory_node()[0])
     files = weight_files(Path(args.model))
@@ -161,7 +162,7 @@ def size_kv_cache(args: Namespace) -> int | None:
             total=node.total_memory,
             available=node.available_memory,
             weights=sum(file.stat().st_size for file in files) * item_bytes // stored_bytes,
-            longest=longest_request_bytes(config, max(length, 0), item_bytes),
+            longest=longest_request_bytes(config, max(length, 0), item_bytes, step_tokens),
             engines=args.data_parallel_size_local or args.data_parallel_size,
             workers=args.tensor_parallel_size,
         )

@@ -18,7 +18,7 @@ from raee_serve.exit_points import (
     rounded_up,
     segments_between,
 )
-from raee_serve.retrieval.points_command import points_of
+from raee_serve.retrieval.points_command import points_named
 from raee_serve.server.launch import _exit_points
 from raee_serve.server.settings import DepthSettings
 from raee_serve.table.schema import RuleChoice
@@ -111,16 +111,17 @@ def test_points_of_a_table(table, capsys):
     assert main(["table", "points", table.uri, "--count", "4"]) == 0
     points, extra, _, sst2 = capsys.readouterr().out.splitlines()
     assert set(points.removeprefix("exit points: ").split(",")) <= {"2", "3", "4"}
-    assert extra == "extra layers: 0.00 of 4, on average"
+    assert extra == "extra layers: at least 0.00 of 4, on average"
     name, *free_and_limited = sst2.split()
     assert name == "sst2"
     assert free_and_limited[:2] == free_and_limited[2:], "no exit is between two points"
 
 
 def test_one_point_is_full_depth(table, capsys):
-    assert points_of(table.uri, 1) == (4,)
     assert main(["table", "points", table.uri, "--count", "1"]) == 0
-    assert capsys.readouterr().out.split()[-1] == "1.00"
+    points, *_, last = capsys.readouterr().out.split("\n", 1)
+    assert points == "exit points: 4"
+    assert last.split()[-1] == "1.00"
 
 
 def test_a_count_of_none_is_refused(table, capsys):
@@ -146,8 +147,15 @@ def test_what_a_server_is_asked_for(asked, settings, points):
 def test_on_cuda_the_table_says_which(table, monkeypatch, on_cuda):
     monkeypatch.setattr(settings, "on_cuda", lambda: on_cuda)
     chosen = _exit_points(None, DepthSettings(table=table.uri))
-    assert chosen == (points_of(table.uri) if on_cuda else ())
-    assert _exit_points("auto", DepthSettings(table=table.uri)) == points_of(table.uri)
+    by_table = points_named("auto", table.uri)
+    assert by_table[-1] == 4
+    assert chosen == (by_table if on_cuda else ())
+    assert _exit_points("auto", DepthSettings(table=table.uri)) == by_table
+
+
+def test_a_server_that_is_off_opens_no_table(monkeypatch):
+    monkeypatch.setenv("RAEE_OFF", "1")
+    assert _exit_points("auto", DepthSettings(table="nowhere")) == ()
 
 
 @pytest.mark.parametrize("asked", ["", "4,", "four", "auto", "-1"])

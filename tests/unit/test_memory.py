@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import torch
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from raee_serve.errors import RaeeError
 from raee_serve.server.memory import (
@@ -72,9 +74,9 @@ def test_no_length_needs_no_room():
     assert kv_cache_bytes(changed(available=5 * GIB, longest=0)) == GIB
 
 
-def tokens(num_tokens, config, item_bytes=4):
+def tokens(num_tokens, config, item_bytes=4, **step):
     """What a request of so many takes, in tokens of one layer of HEADS."""
-    size = longest_request_bytes(config, num_tokens, item_bytes)
+    size = longest_request_bytes(config, num_tokens, item_bytes, **step)
     assert size % (TOKEN_BYTES // 4 * item_bytes) == 0
     return size // (TOKEN_BYTES // 4 * item_bytes)
 
@@ -95,15 +97,22 @@ def test_a_block_is_held_as_a_whole():
     assert tokens(1, config) == tokens(BLOCK_TOKENS, config) == 3 * (BLOCK_TOKENS + EMPTY)
 
 
-def test_a_sliding_layer_holds_its_window():
-    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+@pytest.mark.parametrize(("length", "window"), [(4096, 256), (4096, 512), (600, 512), (100, 512)])
+def test_a_sliding_layer_holds_what_vllm_wants_room_for(length, window):
+    kinds = ["sliding_attention", "full_attention"]
     config = Gemma3TextConfig(
-        num_hidden_layers=3, layer_types=kinds, sliding_window=256, **HEADS, head_dim=32
+        num_hidden_layers=2, layer_types=kinds, sliding_window=window, **HEADS, head_dim=32
     )
-    assert tokens(4096, config) == 256 + 256 + 4096 + 3 * EMPTY
-    assert tokens(128, config) == 3 * (128 + EMPTY)
+    own = {"num_kv_heads": 2, "head_size": 32, "dtype": torch.float32, "block_size": BLOCK_TOKENS}
+    spec = SlidingWindowSpec(sliding_window=window, **own)
+    sliding = spec.max_admission_blocks_per_request(300, length) * BLOCK_TOKENS
+    whole = -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
+    assert tokens(length, config, step_tokens=300) == sliding + whole + 2 * EMPTY
+
+
+def test_layers_may_all_slide():
     config = MistralConfig(num_hidden_layers=3, sliding_window=512, **HEADS)
-    assert tokens(4096, config) == 3 * (512 + EMPTY)
+    assert tokens(4096, config, step_tokens=1) == 3 * (512 + BLOCK_TOKENS + EMPTY)
 
 
 def test_the_size_of_a_head_is_its_own():

@@ -32,6 +32,7 @@ function because(decision) {
   const { reason, rule, exit_layer: layer, decided_layer: decided } = decision;
   if (reason === "shadow") return `Layer ${decided} was chosen; --shadow runs all layers anyway.`;
   if (reason !== "retrieved") return REASONS[reason] ?? `Reason: ${reason}.`;
+  if (decided) return `Layer ${decided} was chosen; the next exit point that serves is ${layer}.`;
   if (!rule) return "The neighbours' exit information chose this depth.";
   if (rule.name === "published") return `Layer ${layer} has the most evidence of the neighbours.`;
   return `Layer ${layer} is the first with ${percent(rule.fraction)} of the best layer's evidence.`;
