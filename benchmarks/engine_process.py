@@ -20,6 +20,12 @@ TO_LOG = {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 """Standard output is for answers."""
 
 
+def cpu_environment() -> dict[str, str]:
+    """Of engines on a CPU: the model runner of ours, and all cores to the worker."""
+    reserved = os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": reserved}
+
+
 class EngineError(RuntimeError):
     """An engine that ended or gave no answer; the message has the end of its log."""
 

@@ -24,7 +24,7 @@ import psutil
 from vllm.platforms import current_platform
 
 from benchmarks.deadline import Deadline, OutOfTime
-from benchmarks.engine_process import EngineError
+from benchmarks.engine_process import EngineError, cpu_environment
 from benchmarks.fleet import Fleet, Machinery
 from benchmarks.gpu_check import check
 from benchmarks.gpu_rows import HEADINGS, Measured, Row, as_line, measure, rows, told
@@ -97,9 +97,7 @@ def is_sound(result: dict[str, Any]) -> bool:
 
 def environment() -> dict[str, str]:
     """Of the engines' processes; on a GPU vLLM's own choices."""
-    if not current_platform.is_cpu():
-        return {}
-    return {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    return cpu_environment() if current_platform.is_cpu() else {}
 
 
 def memory_bytes() -> float:

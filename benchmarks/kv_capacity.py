@@ -6,6 +6,7 @@ The pool is the same for all, a few full-depth requests long, and `max_num_seqs`
   of num_layers / d. Running at once: the median over the steps in which others wait.
 - preemptions, throughput (prompt and output tokens a second), running: medians of a mix of six
   depths, segments on and off, in turns A B B A. speedup: the pairs' throughput ratio on / off.
+  as_many: with segments on, but no more requests running than without them.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from transformers import AutoConfig
 
 from benchmarks.arguments import add_model_arguments
 from benchmarks.depths import DEPTHS, depth_named, mixes
-from benchmarks.engine_process import EngineProcess, Job
+from benchmarks.engine_process import EngineProcess, Job, cpu_environment
 from benchmarks.machine import machine
 from benchmarks.statistics import paired_ratio
 from benchmarks.workloads import Workload
@@ -30,11 +31,7 @@ from raee_serve.engine.settings import engine_options, exit_args
 from raee_serve.retrieval.drawing import pyplot
 
 BLOCK, MAX_LEN = 128, 512
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """Engine core and worker in one process, so that its scheduler can be looked at."""
 
 
@@ -42,7 +39,8 @@ def started(engine: Job, options: Job) -> EngineProcess:
     """An engine of this module's; `options` are the extension's, none for vanilla vLLM."""
     name = "raee-serve" if options else "vanilla"
     command = ("benchmarks.kv_capacity", "--engine")
-    system = EngineProcess(name, engine, options, ENVIRONMENT, command=command)
+    environment = cpu_environment() | IN_PROCESS
+    system = EngineProcess(name, engine, options, environment, command=command)
     system.ready()
     return system
 
@@ -59,11 +57,12 @@ def run_engine() -> None:
 
 
 def run(llm: Any, job: Job) -> Job:
-    """Serve the job's requests, all there from the start."""
+    """Serve the job's requests, all there from the start, up to `most_running` at once."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
+    scheduler.max_num_running_reqs = job["most_running"]
     preempted = _preemptions(llm)
     exits = job["exit_layers"] or [None] * len(job["prompts"])
     start = time.perf_counter()
@@ -122,8 +121,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     seed = iter(range(1_000_000))
 
-    def ask(system: EngineProcess, exits: list[int] | None) -> Job:
-        answer = system.ask(workload.job(next(seed), vocab_size, exits))
+    def ask(system: EngineProcess, exits: list[int] | None, most: int = args.requests) -> Job:
+        job = workload.job(next(seed), vocab_size, exits) | {"most_running": most}
+        answer = system.ask(job)
         print(f"  {answer}", flush=True)
         return answer
 
@@ -145,6 +145,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, system in turns if pair % 2 else turns[::-1]:
             print(f"six depths, segments {name}", flush=True)
             answers[name].append(ask(system, exits))
+    print("six depths, segments on, no more running than with segments off", flush=True)
+    without = int(median(a["running"] for a in answers["off"]))
+    answers["as_many"] = [ask(on, exits, without)]
     for system in (on, off):
         system.close()
     seconds = {name: [a["seconds"] for a in found] for name, found in answers.items()}

@@ -14,11 +14,9 @@ from collections import defaultdict
 from statistics import median
 from typing import Any
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_USE_V2_MODEL_RUNNER="0",
-    VLLM_CPU_NUM_OF_RESERVED_CPU="0",
-)
+from benchmarks.engine_process import cpu_environment
+
+os.environ.update(cpu_environment(), VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -85,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument("--kv-segments", default="auto", metavar="N|auto", help="as of `serve`")
     args = parser.parse_args()
     watch = Stopwatch()
     wrapped: list[tuple[type, str]] = [
@@ -100,7 +99,7 @@ def main() -> None:
         max_model_len=1024,
         kv_cache_memory_bytes=1 << 29,
         distributed_executor_backend="uni",
-        **engine_options(),
+        **engine_options(args.kv_segments),
     )
     num_layers = llm.llm_engine.model_config.get_total_num_hidden_layers()
     batches: dict[str, list[int]] = {
@@ -118,7 +117,8 @@ def main() -> None:
             f"{name:14} planning {planning * 1e3:6.2f} ms of {whole * 1e3:7.1f} ms a step "
             f"({planning / whole:.2%}), {len(steps)} decode steps of {BATCH} requests"
         )
-    print(json.dumps({"model": args.model, "dtype": args.dtype, "planning_share": shares}))
+    settings = {name: getattr(args, name) for name in ("model", "dtype", "kv_segments")}
+    print(json.dumps(settings | {"planning_share": shares}))
 
 
 if __name__ == "__main__":

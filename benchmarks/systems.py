@@ -1,6 +1,5 @@
 """The engines that are compared: vanilla vLLM on whole and cut checkpoints, and this."""
 
-import os
 import signal
 import time
 from collections import deque
@@ -8,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_process import EngineProcess, Job
+from benchmarks.engine_process import EngineProcess, Job, cpu_environment
 
 ENGINE_ARGS: dict[str, Any] = {
     "enforce_eager": True,
@@ -28,10 +27,8 @@ class System(EngineProcess):
 
     def __init__(self, name: str, checkpoint: Path, dtype: str, options: dict[str, Any]) -> None:
         """options: the extension's engine options, empty for vanilla vLLM."""
-        reserved = os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        environment = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": reserved}
         engine = {"model": str(checkpoint), "dtype": dtype, **ENGINE_ARGS}
-        super().__init__(name, engine, options, environment)
+        super().__init__(name, engine, options, cpu_environment())
         ready = self.ready()
         self.startup_s: float = ready["startup_s"]
         self.vocab_size: int = ready["vocab_size"]

@@ -124,7 +124,7 @@ def mixed(
     added, taken_away = ideal_parts(exits)
 
     def vanilla(depth: int, num_requests: int) -> tuple[System, Job]:
-        part = Workload(workload.name, num_requests, workload.prompt_len, workload.output_len)
+        part = workload.at_most(num_requests)
         return comparison.part(comparison.cut(depth), part)
 
     def groups() -> Iterable[Jobs]:
