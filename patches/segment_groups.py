@@ -1,7 +1,8 @@
 """Seam: what vLLM computes anew for each KV cache group of a step, once for all depth segments.
 
 Upstream: `MultiGroupBlockTable.compute_slot_mapping`; in `GPUModelRunner._build_attention_metadata`
-the reuse of one group's metadata for another of an equal spec, with that one's block table.
+the reuse of one group's metadata for another of an equal spec, with that one's block table;
+`CPUModelRunner._postprocess_tensors`.
 Checked on: vLLM 0.32.0, CPU attention.
 Why no extension point serves: segments have the same metadata but different specs, which is what
 makes them groups; the CPU's metadata builder cannot swap block tables; and slots are computed by a
@@ -29,6 +30,7 @@ SEAM = Seam(
         f"{_TABLES}:BlockTable.__init__": "cd2baf66a86a",
         f"{_RUNNER}._build_attention_metadata": "6015ffa2b3ec",
         f"{_RUNNER}.initialize_kv_cache": "95985f4cf7f6",
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner._postprocess_tensors": "7ec5969f31a7",
         f"{_ATTENTION}:CPUAttentionMetadataBuilder": "7594b0d1e049",
         f"{_ATTENTION}:CPUAttentionMetadata": "f342a75c3ef9",
     },
@@ -49,6 +51,8 @@ def share_between_segments(runner: Any) -> None:
             builder = group.get_metadata_builder()
             builder.supports_update_block_table = True
             builder.update_block_table = _with_block_table
+    # Made anew for several groups: copies to the device are again none, as with one group.
+    runner._postprocess_tensors()
     tables = runner.input_batch.block_table
     tables.compute_slot_mapping = SlotMapping(tables.block_tables)
 
@@ -73,7 +77,6 @@ class SlotMapping:
         requests = np.repeat(np.arange(num_reqs), np.diff(starts))
         place, offset = np.divmod(positions[: len(requests)].numpy(), self._block_size)
         for table in self._tables:
-            # What vLLM calls the device's copy: here in the same memory or apart from the host's.
             slots = table.slot_mapping.gpu[: len(requests)].numpy()
             np.multiply(table.block_table.np[requests, place], self._block_size, out=slots)
             slots += offset
