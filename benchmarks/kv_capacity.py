@@ -62,7 +62,7 @@ def run(llm: Any, job: Job) -> Job:
 
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
-    scheduler.max_num_running_reqs = job["most_running"]
+    scheduler.max_num_active_reqs = job["most_running"]
     preempted = _preemptions(llm)
     exits = job["exit_layers"] or [None] * len(job["prompts"])
     start = time.perf_counter()
@@ -179,6 +179,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
     axes.plot(depths, ideal, color="#c77d0a", marker="s", label="in proportion to depth")
     ours = [running[d] for d in depths]
     axes.plot(depths, ours, color="#0b6e4f", marker="o", label="raee-serve, KV cache by depth")
+    axes.set_xticks(depths)
     axes.set_xlabel(f"exit layer, of {num_layers}")
     axes.set_ylabel("requests running at once")
     axes.set_title(f"{result['model']}, {result['dtype']}, one small KV cache", fontsize=10)
