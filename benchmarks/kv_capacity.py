@@ -177,8 +177,9 @@ def draw(result: dict[str, Any], target: Path) -> None:
     axes.axhline(whole, color="#6b6b6b", linestyle=":", label="vanilla vLLM, at any depth")
     ideal = [whole * num_layers / d for d in depths]
     axes.plot(depths, ideal, color="#c77d0a", marker="s", label="in proportion to depth")
-    ours = [running[d] for d in depths]
-    axes.plot(depths, ours, color="#0b6e4f", marker="o", label="raee-serve, KV cache by depth")
+    measured = [d for d in depths if d != num_layers]  # full depth is vanilla's
+    ours = [running[d] for d in measured]
+    axes.plot(measured, ours, color="#0b6e4f", marker="o", label="raee-serve, KV cache by depth")
     axes.set_xticks(depths)
     axes.set_xlabel(f"exit layer, of {num_layers}")
     axes.set_ylabel("requests running at once")

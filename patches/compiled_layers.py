@@ -94,7 +94,8 @@ class CompiledLayers:
         ]
 
     def _leave_operators_to(self, *, compiler: bool) -> None:
-        """Those that the configuration leaves to the compiler, or not from now on.
+        """Whether operators that the configuration leaves to the compiler are from now on what it
+        compiles, or the platform's own kernels.
 
         vLLM's own stack stays what it is: it was traced once, before any of this.
         """

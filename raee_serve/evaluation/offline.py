@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,15 +57,16 @@ def run(
     """
     if not args.table or args.base_url:
         raise RaeeError("--offline needs --table DIR and no --base-url: there is no server")
-    own = _server_flags(rest)
-    own.exit_points = points_named(own.exit_points, args.table)
-    settings = DepthSettings(table=args.table, k=args.k, **vars(own))
+    own = vars(_server_flags(rest))
+    points = own.pop("exit_points")
+    settings = DepthSettings(table=args.table, k=args.k, **own)
     metadata = ExitTable.open(args.table).metadata
     _check(tasks, metadata, args.table)
     rules = args.rule or [*RULES, *([STORED] if metadata.choices else [])]
     for rule in rules:
         if rule != STORED:
             rule_named(rule)
+    settings = replace(settings, exit_points=points_named(points, args.table))
     results = list(evaluate(args.model, settings, tasks, examples, rules))
     print(as_tables(results))
     print(as_json(results), flush=True)

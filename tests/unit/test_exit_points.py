@@ -119,9 +119,9 @@ def test_points_of_a_table(table, capsys):
 
 def test_one_point_is_full_depth(table, capsys):
     assert main(["table", "points", table.uri, "--count", "1"]) == 0
-    points, *_, last = capsys.readouterr().out.split("\n", 1)
+    points, *_, sst2 = capsys.readouterr().out.splitlines()
     assert points == "exit points: 4"
-    assert last.split()[-1] == "1.00"
+    assert sst2.split()[-1] == "1.00"
 
 
 def test_a_count_of_none_is_refused(table, capsys):

@@ -75,6 +75,13 @@ def test_json_is_what_the_server_answers(preview):
     assert decided["neighbours"][0]["id"] == TEXTS[1] and len(decided["neighbours"]) == 3
 
 
+@pytest.mark.parametrize(("points", "exit_layer"), [("any", 2), ("2", 2), ("3", 4), ("auto", 2)])
+def test_exits_are_at_the_points_that_a_server_would_have(preview, points, exit_layer):
+    asked = ["--json", "--task", "sst2", "--rule", "earliest", "--prompt", TEXTS[0]]
+    (line,) = preview(*asked, "--exit-points", points)
+    assert json.loads(line)["exit_layer"] == exit_layer
+
+
 def test_a_prompt_without_a_task_says_so(preview):
     *_, last = preview("--json", "--prompt", f"{TEXTS[0]} It was")
     assert json.loads(last)["reason"] == "unconstrained"
@@ -88,6 +95,7 @@ def test_a_prompt_without_a_task_says_so(preview):
         (["--task", "sst9"], "'sst9'; allowed: sst2"),
         (["--k", "0"], "raee.k is 0"),
         (["--rule", "latest"], "'latest'"),
+        (["--exit-points", "four"], "--exit-points is 'four'"),
     ],
 )
 def test_a_bad_option_is_one_line(preview, arguments, message):
