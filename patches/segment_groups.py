@@ -1,17 +1,19 @@
 """Seam: what vLLM computes anew for each KV cache group of a step, once for all depth segments.
 
-Upstream: `MultiGroupBlockTable.compute_slot_mapping`; in `GPUModelRunner._build_attention_metadata`
-the reuse of one group's metadata for another of an equal spec, with that one's block table;
-`CPUModelRunner._postprocess_tensors`.
+Upstream: `MultiGroupBlockTable.compute_slot_mapping` and `commit_block_table`; `GPUModelRunner._get_slot_mappings` and
+`_build_attention_metadata`; `CPUModelRunner._postprocess_tensors`.
 Checked on: vLLM 0.32.0, CPU attention.
 Why no extension point serves: segments have the same metadata but different specs, which is what
-makes them groups; the CPU's metadata builder cannot swap block tables; and slots are computed by a
-kernel for each group, whose launch costs more than the work of a decode step.
+makes them groups, and vLLM prepares a step for one group after the other; the CPU's metadata
+builder cannot swap block tables; and slots are computed by a kernel for each group, whose launch
+costs more than the work of a decode step.
 Retired by: `update_block_table` in the CPU's builder, and one computation of slots for all groups.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,8 +29,10 @@ SEAM = Seam(
     {
         f"{_TABLES}:MultiGroupBlockTable.compute_slot_mapping": "7927c57d8686",
         f"{_TABLES}:BlockTable.compute_slot_mapping": "1090515a52c5",
+        f"{_TABLES}:MultiGroupBlockTable.commit_block_table": "4cf21d03c0ac",
         f"{_TABLES}:BlockTable.__init__": "cd2baf66a86a",
         f"{_RUNNER}._build_attention_metadata": "6015ffa2b3ec",
+        f"{_RUNNER}._get_slot_mappings": "a7830268c258",
         f"{_RUNNER}.initialize_kv_cache": "95985f4cf7f6",
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner._postprocess_tensors": "7ec5969f31a7",
         f"{_ATTENTION}:CPUAttentionMetadataBuilder": "7594b0d1e049",
@@ -37,15 +41,19 @@ SEAM = Seam(
 )
 
 
-def share_between_segments(runner: Any) -> None:
+class DeepestExit(Protocol):
+    """Knows how deep the step in flight goes."""
+
+    deepest_exit: int
+    """Its deepest exit layer; the number of layers when no step is in flight."""
+
+
+def share_between_segments(runner: Any, step: DeepestExit) -> None:
     """Make a V1 CPU runner, whose KV cache is one of segments, compute once what they share.
 
     Raises `SeamError` where vLLM is another than it was written for.
     """
     SEAM.check()
-    groups = runner.kv_cache_config.kv_cache_groups  # the runner's own copy
-    for group in groups[1:]:
-        group.kv_cache_spec = groups[0].kv_cache_spec
     for attn_groups in runner.attn_groups:
         for group in attn_groups:
             builder = group.get_metadata_builder()
@@ -53,30 +61,91 @@ def share_between_segments(runner: Any) -> None:
             builder.update_block_table = _with_block_table
     # Made anew for several groups: copies to the device are again none, as with one group.
     runner._postprocess_tensors()
-    tables = runner.input_batch.block_table
-    tables.compute_slot_mapping = SlotMapping(tables.block_tables)
+    shared = OfFirstGroup(runner, step)
+    runner.input_batch.block_table.commit_block_table = shared.commit_block_table
+    runner.input_batch.block_table.compute_slot_mapping = shared.compute_slot_mapping
+    runner._get_slot_mappings = shared.slot_mappings
+    runner._build_attention_metadata = shared.attention_metadata
 
 
 def _with_block_table(metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
     return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
 
 
-class SlotMapping:
-    """Writes the KV slots of a step's token rows into each table's `slot_mapping`."""
+class OfFirstGroup:
+    """Has vLLM prepare a step for the runner's first KV cache group alone.
 
-    def __init__(self, tables: list[Any]) -> None:
-        """tables: vLLM's block tables, all of one block size."""
-        [self._block_size] = {table.block_size for table in tables}
-        self._tables = tables
+    The others that the step reaches get the same, with their own blocks and slots.
+    """
 
-    def __call__(
+    def __init__(self, runner: Any, step: DeepestExit) -> None:
+        """Of one block size, and with block tables that the device shares with the host."""
+        self._step = step
+        self._config = runner.kv_cache_config  # the runner's own copy
+        self._groups = self._config.kv_cache_groups
+        self._tables = runner.input_batch.block_table.block_tables
+        [self._block_size] = {table.block_size for table in self._tables}
+        self._get_slot_mappings = runner._get_slot_mappings
+        self._build_attention_metadata = runner._build_attention_metadata
+
+    def commit_block_table(self, num_reqs: int) -> None:
+        """Nothing: the device reads the host's."""
+
+    def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """query_start_loc: [>= num_reqs + 1] int32; positions: [>= num_rows] int64, in the text."""
+        """Write the slots of a step's token rows into each reached table's `slot_mapping`.
+
+        query_start_loc: [>= num_reqs + 1] int32; positions: [>= num_rows] int64, in the text.
+        """
         starts = query_start_loc[: num_reqs + 1].numpy()
         requests = np.repeat(np.arange(num_reqs), np.diff(starts))
         place, offset = np.divmod(positions[: len(requests)].numpy(), self._block_size)
-        for table in self._tables:
+        for table in self._tables[: self._num_reached()]:
             slots = table.slot_mapping.gpu[: len(requests)].numpy()
             np.multiply(table.block_table.np[requests, place], self._block_size, out=slots)
             slots += offset
+
+    def slot_mappings(
+        self, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, **kwargs: Any
+    ) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
+        """Slots of the token rows, by group and by layer; of rows that only pad the batch, -1."""
+        with self._first_alone():
+            by_group, by_layer = self._get_slot_mappings(
+                num_tokens_padded, num_reqs_padded, num_tokens_unpadded, **kwargs
+            )
+        for gid in range(1, self._num_reached()):
+            slots = self._tables[gid].slot_mapping.gpu[:num_tokens_padded]
+            if num_tokens_padded > num_tokens_unpadded:
+                slots[num_tokens_unpadded:] = -1
+            by_group[gid] = slots
+            by_layer.update(dict.fromkeys(self._groups[gid].layer_names, slots))
+        return by_group, by_layer
+
+    def attention_metadata(
+        self, *args: Any, slot_mappings: dict[int, torch.Tensor], **kwargs: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """Metadata by layer, and what vLLM's drafters want of the first group."""
+        with self._first_alone():
+            by_layer, common = self._build_attention_metadata(
+                *args, slot_mappings=slot_mappings, **kwargs
+            )
+        first = by_layer[self._groups[0].layer_names[0]]
+        for gid in range(1, self._num_reached()):
+            blocks = self._tables[gid].get_device_tensor(len(first.block_table))
+            own = _with_block_table(first, blocks, slot_mappings[gid])
+            by_layer.update(dict.fromkeys(self._groups[gid].layer_names, own))
+        return by_layer, common
+
+    def _num_reached(self) -> int:
+        """So many of the first groups are of segments that the step reaches."""
+        deepest = self._step.deepest_exit
+        return sum(group.kv_cache_spec.segment.is_reached(deepest) for group in self._groups)
+
+    @contextmanager
+    def _first_alone(self) -> Iterator[None]:
+        self._config.kv_cache_groups = self._groups[:1]
+        try:
+            yield
+        finally:
+            self._config.kv_cache_groups = self._groups

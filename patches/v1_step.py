@@ -40,11 +40,12 @@ class V1Step:
     """The step in flight in one V1 runner; a `StepSource` for the model it runs.
 
     source: itself, as what the model asks for the plan of its forward.
+    deepest_exit: of its requests; the number of layers when no step is in flight.
     """
 
     def __init__(self, runner: Any, num_layers: int) -> None:
         self._runner = runner
-        self._num_layers = num_layers
+        self._num_layers = self.deepest_exit = num_layers
         self._lora = LoraRows(runner) if runner.lora_config else None
         self._scheduler_output: Any = None
 
@@ -57,10 +58,13 @@ class V1Step:
         """Hold `scheduler_output` for the time its step runs. Steps do not nest."""
         assert self._scheduler_output is None, "a step is already in flight"
         self._scheduler_output = scheduler_output
+        exit_layers = scheduler_output.exit_layers.values()
+        self.deepest_exit = max(exit_layers, default=self._num_layers)
         try:
             yield
         finally:
             self._scheduler_output = None
+            self.deepest_exit = self._num_layers
             if self._lora is not None:
                 self._lora.restore()
 
@@ -117,6 +121,8 @@ def narrow_attention(attn_groups: list[list[Any]], plan: TruncationPlan) -> None
     slots: dict[str, Any] = {}
     of_stage: dict[int, Any] = {}
     for group in (g for groups in attn_groups for g in groups):
+        if group.layer_names[0] not in context.attn_metadata:  # of a segment out of reach
+            continue
         builder = group.get_metadata_builder()
         whole = _InPlanOrder(context.attn_metadata[group.layer_names[0]], plan)
         for stage in plan.stages:

@@ -14,6 +14,7 @@ rows, too, are the end of the tensors they leave from.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -109,10 +110,24 @@ def plan_truncation(
         full depth. None of them by default.
     Raises `ValueError` for a value out of range or arrays of unequal length.
     """
-    exits = np.asarray(exit_layers, dtype=np.int64)
-    lens = np.asarray(query_lens, dtype=np.int64)
-    wanted = lens if wanted_lens is None else np.asarray(wanted_lens, dtype=np.int64)
-    short = np.zeros(len(exits), bool) if shortcuts is None else np.asarray(shortcuts, dtype=bool)
+    wanted = query_lens if wanted_lens is None else wanted_lens
+    short = [False] * len(exit_layers) if shortcuts is None else shortcuts
+    return _plan(tuple(exit_layers), tuple(query_lens), num_layers, tuple(wanted), tuple(short))
+
+
+@lru_cache(maxsize=8)
+def _plan(
+    exit_layers: tuple[int, ...],
+    query_lens: tuple[int, ...],
+    num_layers: int,
+    wanted_lens: tuple[int, ...],
+    shortcuts: tuple[bool, ...],
+) -> TruncationPlan | None:
+    """Kept, for a batch that decodes has the same plan step after step."""
+    exits, lens, wanted = (
+        np.asarray(own, dtype=np.int64) for own in (exit_layers, query_lens, wanted_lens)
+    )
+    short = np.asarray(shortcuts, dtype=bool)
     _check(exits, lens, wanted, short, num_layers)
     if exits.min() == num_layers:
         return None

@@ -16,7 +16,7 @@ class TruncatingCPUWorker(TruncatingWorker, CPUWorker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
         if is_split(kv_cache_config) and not self.use_v2_model_runner:
-            share_between_segments(self.model_runner)
+            share_between_segments(self.model_runner, self.step)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.use_v2_model_runner:

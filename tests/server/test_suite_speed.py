@@ -1,33 +1,56 @@
-"""What `paper` and `peers` measure on servers. One server stands for all of them: not their speed
-is tested, but that they are asked the right thing and that their answers are scored."""
+"""What `paper` and `peers` measure on servers. One vanilla server stands for all peers: not their
+speed is tested, but that they are asked the right thing and that their answers are scored."""
 
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
+from raee_serve.checkpoints import local_checkpoint
+from raee_serve.cli import main
 from raee_serve.evaluation.suite import paper, peer_speed
 from raee_serve.evaluation.suite.dropping import LayerDropping
 from raee_serve.evaluation.suite.material import Material, Source
-from raee_serve.evaluation.suite.serving import System
+from raee_serve.evaluation.suite.serving import raee_system, vanilla_system
+from raee_serve.evaluation.summaries import BUDGETS
 from raee_serve.retrieval.aggregate import RULES
 from tests.server.conftest import MODEL
 
 pytestmark = pytest.mark.server
 
-PROMPTS = 10
+PROMPTS, DOCUMENTS, ROWS = 10, 2, 16
+TASKS = ("demo_sentiment", "demo_summary")
 
 
 @pytest.fixture(scope="module")
-def material(built_table, tmp_path_factory):
+def table(tmp_path_factory) -> str:
+    uri = str(tmp_path_factory.mktemp("tables") / "both-kinds")
+    tasks = [flag for task in TASKS for flag in ("--task", task)]
+    assert main(["build", "--model", MODEL, "--table", uri, "--limit", str(ROWS), *tasks]) == 0
+    return uri
+
+
+@pytest.fixture(scope="module")
+def material(table, tmp_path_factory) -> Material:
     scratch = tmp_path_factory.mktemp("scratch")
-    source = Source(MODEL, str(built_table), "/nowhere", PROMPTS, 0, scratch, served=PROMPTS)
-    return Material.of(source, ["demo_sentiment"])
+    source = Source(MODEL, table, "/nowhere", PROMPTS, 0, scratch, PROMPTS, DOCUMENTS)
+    return Material.of(source, TASKS)
 
 
-def test_paper_serves_what_it_counts_offline(served, material, monkeypatch):
-    system = System(served.url, MODEL)
-    monkeypatch.setattr(paper, "raee_system", lambda model, table: nullcontext(system))
+@pytest.fixture(scope="module")
+def ours(table):
+    with raee_system(MODEL, table) as system:
+        yield system
+
+
+@pytest.fixture(scope="module")
+def vanilla():
+    with vanilla_system(local_checkpoint(MODEL), MODEL) as system:
+        yield system
+
+
+def test_paper_serves_what_it_counts_offline(ours, material, monkeypatch):
+    monkeypatch.setattr(paper, "raee_system", lambda model, table: nullcontext(ours))
     found = paper.run(material)
     rows = {row["way"]: row for row in found.rows}
     assert rows["full depth"]["speed"] == 1
@@ -35,33 +58,48 @@ def test_paper_serves_what_it_counts_offline(served, material, monkeypatch):
         assert rows[rule]["requests/s"] > 0 and rows[rule]["latency ms"] > 0
     assert np.mean([rows[rule]["as offline"] for rule in RULES]) >= 0.9
     assert "speed" not in rows["full depth, calibrated"]
+    summaries = [rows[f"summaries, {way}"] for way in ("full depth", *budget_names())]
+    assert summaries[0]["depth"] == 1 and summaries[0]["demo_summary"] > 0
+    assert all(0 < row["depth"] <= 1 and row["speed"] > 0 for row in summaries)
 
 
-def test_peers_are_asked_the_same_prompts(served, material, monkeypatch):
+def budget_names() -> list[str]:
+    return [f"quality {budget:g}" for budget in BUDGETS]
+
+
+def test_peers_are_asked_the_same_prompts(ours, vanilla, material, monkeypatch):
     started = []
 
-    def vanilla(checkpoint, model, flags=()):
+    def stand_in(checkpoint, model, flags=()):
         started.append((checkpoint.name, *flags))
-        return nullcontext(System(served.url, model, decides=False))
+        return nullcontext(vanilla)
 
-    ours = System(served.url, MODEL)
     monkeypatch.setattr(peer_speed, "raee_system", lambda model, table: nullcontext(ours))
-    monkeypatch.setattr(peer_speed, "vanilla_system", vanilla)
+    monkeypatch.setattr(peer_speed, "vanilla_system", stand_in)
     rows, notes = peer_speed.measured(material, LayerDropping(material))
-    assert [row["way"] for row in rows] == [
-        "vanilla vLLM",
-        "retrieved exits",
-        "static truncation",
-        "layers dropped",
-        "n-gram drafts",
-        "int8 weights",
-    ]
-    by_way = {row["way"]: row for row in rows}
-    retrieved, cut = by_way["retrieved exits"], by_way["static truncation"]
-    assert cut["depth"] == by_way["layers dropped"]["depth"]
-    assert abs(cut["depth"] - retrieved["depth"]) <= 1 / material.backbone.num_layers
-    assert all(0 <= row["accuracy"] <= 1 and row["speed"] > 0 for row in rows) and notes
-    whole, first, kept, drafts, int8 = started
+    of_kind = {
+        kind: {row["way"]: row for row in rows if row["prompts"] == kind}
+        for kind in ("label words", "summaries")
+    }
+    for by_way in of_kind.values():
+        assert list(by_way) == [
+            "vanilla vLLM",
+            "retrieved exits",
+            "static truncation",
+            "layers dropped",
+            "n-gram drafts",
+            "int8 weights",
+        ]
+    assert len(rows) == 2 * len(by_way)
+    num_layers = material.backbone.num_layers
+    shorter = []
+    for quality, by_way in zip(("accuracy", "ROUGE-L"), of_kind.values(), strict=True):
+        assert all(0 <= row[quality] <= 1 and row["speed"] > 0 for row in by_way.values())
+        cut = by_way["static truncation"]["depth"]
+        assert cut == by_way["layers dropped"]["depth"]
+        n = round(cut * num_layers)
+        assert n == min(round(by_way["retrieved exits"]["depth"] * num_layers), num_layers - 1)
+        shorter += [(f"static-truncation-{n}",), (f"layers-dropped-{n}",)]
+    whole, *peers, drafts, int8 = started
     assert whole == (material.checkpoint.name,) and drafts[1] == "--speculative-config"
-    n = round(cut["depth"] * material.backbone.num_layers)
-    assert (first, kept, int8) == ((f"static-truncation-{n}",), (f"layers-dropped-{n}",), ("int8",))
+    assert peers == shorter and int8 == ("int8",) and notes

@@ -1,5 +1,7 @@
 """Slots of all segments at once are those that vLLM's kernel computes for each table."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,12 @@ from hypothesis import strategies as st
 from vllm.platforms import current_platform
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
-from raee_serve_patches.segment_groups import SlotMapping
+from raee_serve.engine.segments import segments_of
+from raee_serve_patches.segment_groups import OfFirstGroup
 
 pytestmark = pytest.mark.unit
 
-BLOCK, MAX_REQUESTS, MAX_ROWS, MAX_LEN, NUM_TABLES = 16, 5, 200, 160, 3
+BLOCK, MAX_REQUESTS, MAX_ROWS, MAX_LEN, NUM_TABLES, NUM_LAYERS = 16, 5, 200, 160, 3, 6
 UNTOUCHED = -7
 
 
@@ -29,15 +32,31 @@ def tables():
     )
 
 
+@pytest.fixture(scope="module")
+def runner(tables):
+    """What is read of a runner; the methods are not called here."""
+    groups = [
+        SimpleNamespace(kv_cache_spec=SimpleNamespace(segment=segment))
+        for segment in segments_of(NUM_LAYERS, NUM_TABLES)
+    ]
+    return SimpleNamespace(
+        kv_cache_config=SimpleNamespace(kv_cache_groups=groups),
+        input_batch=SimpleNamespace(block_table=tables),
+        _get_slot_mappings=None,
+        _build_attention_metadata=None,
+    )
+
+
 @given(
     requests=st.lists(
         st.tuples(st.integers(0, MAX_LEN - 41), st.integers(1, 40)),
         min_size=1,
         max_size=MAX_REQUESTS,
     ),
+    deepest_exit=st.integers(1, NUM_LAYERS),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_slots_are_vllms(tables, requests, seed):
+def test_slots_are_vllms(tables, runner, requests, deepest_exit, seed):
     """requests: (tokens computed before, rows of this step) of each."""
     rng = np.random.default_rng(seed)
     for table in tables.block_tables:
@@ -47,9 +66,13 @@ def test_slots_are_vllms(tables, requests, seed):
     starts = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32)
     positions = torch.cat([torch.arange(done, done + rows) for done, rows in requests])
 
-    SlotMapping(tables.block_tables)(len(requests), starts, positions)
+    shared = OfFirstGroup(runner, SimpleNamespace(deepest_exit=deepest_exit))
+    shared.compute_slot_mapping(len(requests), starts, positions)
 
-    for table in tables.block_tables:
+    num_reached = -(-deepest_exit * NUM_TABLES // NUM_LAYERS)
+    for table in tables.block_tables[num_reached:]:
+        assert (table.slot_mapping.gpu == UNTOUCHED).all()
+    for table in tables.block_tables[:num_reached]:
         expected = torch.full((MAX_ROWS,), UNTOUCHED)
         torch.ops._C.compute_slot_mapping_kernel_impl(
             starts, positions, table.block_table.cpu, expected, BLOCK
