@@ -1,7 +1,8 @@
 """Seam: what vLLM computes anew for each KV cache group of a step, once for all depth segments.
 
-Upstream: `MultiGroupBlockTable.compute_slot_mapping` and `commit_block_table`; `GPUModelRunner._get_slot_mappings` and
-`_build_attention_metadata`; `CPUModelRunner._postprocess_tensors`.
+Upstream: `MultiGroupBlockTable.compute_slot_mapping` and `commit_block_table`;
+`GPUModelRunner._get_slot_mappings` and `_build_attention_metadata`;
+`CPUModelRunner._postprocess_tensors`.
 Checked on: vLLM 0.32.0, CPU attention.
 Why no extension point serves: segments have the same metadata but different specs, which is what
 makes them groups, and vLLM prepares a step for one group after the other; the CPU's metadata
