@@ -3,7 +3,8 @@
 All systems live side by side. Those compared work through the same prompts in turns of a fraction
 of a second, A B A B; one that waits is stopped (SIGSTOP). A round of all comparisons gives one pair
 of times for each figure, which is the median of the pairs' ratios. The first round warms up and is
-not counted.
+not counted. All systems are started several times (`--starts`): what memory a process is given
+makes it some percent faster or slower for as long as it lives, which no number of pairs evens out.
 
 - full_depth_ratio: this at full depth / vanilla (throughput).
 - speedup: this at depth d, or with mixed depths, / vanilla.
@@ -16,7 +17,9 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.arguments import add_model_arguments
@@ -35,26 +38,31 @@ Jobs = dict[str, list[tuple[System, Job]]]
 
 
 class Comparison:
-    """The systems of one model and dtype, started once and asked in turns."""
+    """The systems of one model and dtype, asked in turns; each starts when first asked for."""
 
     def __init__(self, model: str, dtype: str, workdir: Path, kv_segments: Any) -> None:
         self.checkpoint = local_checkpoint(model)
         self.dtype = dtype
         self.num_layers = identify_backbone(self.checkpoint).num_layers
+        self.startup_s: dict[str, list[float]] = {}
+        """By name of a system, of each of its starts."""
+        self._options = engine_options(kv_segments)
         self._workdir = workdir
-        self._cut: dict[int, System] = {}
-        self.vanilla = self._start("vanilla", self.checkpoint, {})
-        self.ours = self._start("raee-serve", self.checkpoint, engine_options(kv_segments))
+        self._running: dict[str, System] = {}
         self._seed = 0
 
+    @property
+    def ours(self) -> System:
+        return self._system("raee-serve", self.checkpoint, self._options)
+
     def cut(self, depth: int) -> System:
-        """Vanilla on the checkpoint cut to `depth` layers; full depth is `vanilla` itself."""
+        """Vanilla on the checkpoint cut to `depth` layers; at full depth on the checkpoint."""
         if depth == self.num_layers:
-            return self.vanilla
-        if depth not in self._cut:
-            path = cut_checkpoint(self.checkpoint, depth, self._workdir / str(depth))
-            self._cut[depth] = self._start(f"cut to {depth}", path, {})
-        return self._cut[depth]
+            return self._system("vanilla", self.checkpoint, {})
+        path = self._workdir / str(depth)
+        if not path.exists():
+            cut_checkpoint(self.checkpoint, depth, path)
+        return self._system(f"cut to {depth}", path, {})
 
     def part(
         self, system: System, workload: Workload, exit_layers: list[int] | None = None
@@ -67,30 +75,47 @@ class Comparison:
         self._seed += 1
 
     def close(self) -> None:
-        for system in (self.vanilla, self.ours, *self._cut.values()):
-            system.close()
+        """End all systems; they start anew when they are asked for again."""
+        while self._running:
+            self._running.popitem()[1].close()
 
-    def _start(self, name: str, path: Path, options: dict[str, Any]) -> System:
-        print(f"starting {name} ...", flush=True)
-        return System(name, path, self.dtype, options)
+    def _system(self, name: str, path: Path, options: dict[str, Any]) -> System:
+        if name not in self._running:
+            print(f"starting {name} ...", flush=True)
+            system = self._running[name] = System(name, path, self.dtype, options)
+            self.startup_s.setdefault(name, []).append(system.startup_s)
+        return self._running[name]
 
 
-def rounds(
-    comparison: Comparison, groups: Callable[[], Iterable[Jobs]], pairs: int
-) -> dict[str, list[float]]:
-    """[pairs] seconds by name of job, after one round to warm up.
+@dataclass(frozen=True)
+class Rounds:
+    """How often all is measured: so many pairs of each of the starts of all systems."""
 
-    groups: of a round; the jobs of each run side by side, one group after the other.
-    """
-    times: list[dict[str, float]] = []
-    for _ in range(pairs + 1):
-        comparison.next_round()
-        times.append({k: v for jobs in groups() for k, v in run_side_by_side(jobs).items()})
-    return {name: [t[name] for t in times[1:]] for name in times[0]}
+    starts: int
+    pairs: int
+
+    def times(
+        self, comparison: Comparison, groups: Callable[[], Iterable[Jobs]]
+    ) -> dict[str, list[float]]:
+        """[starts * pairs] seconds by name of job; after each start one round warms up.
+
+        groups: of a round; the jobs of each run side by side, one group after the other.
+        """
+        times: list[dict[str, float]] = []
+        for _ in range(self.starts):
+            comparison.close()
+            for pair in range(self.pairs + 1):
+                comparison.next_round()
+                own = {k: v for jobs in groups() for k, v in run_side_by_side(jobs).items()}
+                times += [own] if pair else []
+        return {name: [t[name] for t in times] for name in times[0]}
+
+    def ratio(self, numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+        return paired_ratio(numerators, denominators, self.starts)
 
 
 def uniform(
-    comparison: Comparison, workload: Workload, depths: Sequence[int], pairs: int
+    comparison: Comparison, workload: Workload, depths: Sequence[int], rounds: Rounds
 ) -> dict[int, dict[str, Ratio]]:
     """Speed-up over vanilla and efficiency against the cut checkpoint, by depth.
 
@@ -107,18 +132,18 @@ def uniform(
                 f"cut {depth}": [comparison.part(comparison.cut(depth), workload)],
             }
 
-    times = rounds(comparison, groups, pairs)
+    times = rounds.times(comparison, groups)
     return {
         depth: {
-            "speedup": paired_ratio(times[f"cut {full}"], times[f"ours {depth}"]),
-            "efficiency": paired_ratio(times[f"cut {depth}"], times[f"ours {depth}"]),
+            "speedup": rounds.ratio(times[f"cut {full}"], times[f"ours {depth}"]),
+            "efficiency": rounds.ratio(times[f"cut {depth}"], times[f"ours {depth}"]),
         }
         for depth in depths
     }
 
 
 def mixed(
-    comparison: Comparison, workload: Workload, exits: list[int], pairs: int
+    comparison: Comparison, workload: Workload, exits: list[int], rounds: Rounds
 ) -> dict[str, Ratio]:
     """Speed-up over vanilla, and efficiency against the ideal, of one batch of mixed depths."""
     added, taken_away = ideal_parts(exits)
@@ -135,27 +160,28 @@ def mixed(
             "vanilla": [vanilla(comparison.num_layers, len(exits))],
         }
 
-    times = rounds(comparison, groups, pairs)
+    times = rounds.times(comparison, groups)
     ideal = [a - b for a, b in zip(times["added"], times["taken away"], strict=True)]
     return {
-        "speedup": paired_ratio(times["vanilla"], times["ours"]),
-        "efficiency": paired_ratio(ideal, times["ours"]),
+        "speedup": rounds.ratio(times["vanilla"], times["ours"]),
+        "efficiency": rounds.ratio(ideal, times["ours"]),
     }
 
 
 def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
     comparison = Comparison(args.model, args.dtype, workdir, args.kv_segments)
     n = comparison.num_layers
+    rounds = Rounds(args.starts, -(-args.pairs // args.starts))
     workloads = [WORKLOADS[name].at_most(args.max_requests) for name in args.workloads]
     result: dict[str, Any] = {
         "model": args.model,
         "dtype": args.dtype,
         "num_layers": n,
         "kv_segments": args.kv_segments,
-        "pairs": args.pairs,
+        "starts": rounds.starts,
+        "pairs": rounds.starts * rounds.pairs,
         "requests": {w.name: w.num_requests for w in workloads},
         "machine": machine(),
-        "startup_ratio": round(comparison.ours.startup_s / comparison.vanilla.startup_s, 3),
         "full_depth_ratio": {},
         "uniform": {w.name: {} for w in workloads},
         "mixed": {w.name: {} for w in workloads},
@@ -164,12 +190,16 @@ def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
     try:
         depths = [depth_named(name, n) for name in args.depths]
         for workload in workloads if depths else ():
-            add_uniform(result, comparison, workload, depths, args.pairs)
+            add_uniform(result, comparison, workload, depths, rounds)
         for workload in workloads:
             for mix in args.mixes if workload.num_requests > 1 else ():
-                add_mixed(result, comparison, workload, mix, args.pairs)
+                add_mixed(result, comparison, workload, mix, rounds)
     finally:
         comparison.close()
+    startup_s = comparison.startup_s
+    result["startup_ratio"] = round(
+        median(startup_s["raee-serve"]) / median(startup_s["vanilla"]), 3
+    )
     return result
 
 
@@ -178,10 +208,10 @@ def add_uniform(
     comparison: Comparison,
     workload: Workload,
     depths: Sequence[int],
-    pairs: int,
+    rounds: Rounds,
 ) -> None:
     """Measure uniform depths and put their figures into the result's fields."""
-    for depth, ratios in uniform(comparison, workload, depths, pairs).items():
+    for depth, ratios in uniform(comparison, workload, depths, rounds).items():
         if depth == comparison.num_layers:
             report(workload, "full depth / vanilla", ratios["efficiency"])
             result["full_depth_ratio"][workload.name] = ratios["efficiency"].as_dict()
@@ -193,11 +223,11 @@ def add_uniform(
 
 
 def add_mixed(
-    result: dict[str, Any], comparison: Comparison, workload: Workload, mix: str, pairs: int
+    result: dict[str, Any], comparison: Comparison, workload: Workload, mix: str, rounds: Rounds
 ) -> None:
     """Measure one mix of depths and put its figures into the result's fields."""
     exits = mixes(comparison.num_layers, workload.num_requests)[mix]
-    ratios = mixed(comparison, workload, exits, pairs)
+    ratios = mixed(comparison, workload, exits, rounds)
     for kind, ratio in ratios.items():
         report(workload, f"mix {mix}: {kind}", ratio)
     figures: dict[str, Any] = {kind: ratio.as_dict() for kind, ratio in ratios.items()}
@@ -222,7 +252,10 @@ def main() -> None:
         help=f"uniform depths: {', '.join(DEPTHS)} or numbers of layers (default: these four); "
         "full depth is measured beside any other",
     )
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=12, help="at least so many (default: 12)")
+    parser.add_argument(
+        "--starts", type=int, default=3, help="of all systems, of so many pairs each (default: 3)"
+    )
     parser.add_argument(
         "--max-requests",
         type=int,
