@@ -2,11 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
-from xdist.scheduler import LoadScopeScheduling
 
 from raee_serve.checkpoints import resolve_backbone, resolve_encoder
 
@@ -16,18 +14,12 @@ settings.register_profile("shared machine", deadline=None)  # no test is judged 
 settings.load_profile("shared machine")
 
 
-WITH_ENGINES = ("tests/engine/", "tests/server/")
-
-
-class EnginesTogether(LoadScopeScheduling):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the processes of `pytest -n` one has all engines: beside each other they would starve."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return "engines" if nodeid.startswith(WITH_ENGINES) else nodeid.split("::")[0]
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> EnginesTogether:
-    return EnginesTogether(config, log)
+    for item in items:
+        if any(item.iter_markers("engine")) or any(item.iter_markers("server")):
+            item.add_marker(pytest.mark.xdist_group("engines"))
 
 
 @pytest.fixture(scope="session")
