@@ -27,9 +27,8 @@ OSV := https://api.osv.dev
 demo: setup
 	$(PY) -m raee_serve.evaluation.demo
 
-# All engines in one process, one at a time; the unit tests beside them in another.
 test: setup $(TOOLS_READY) $(NODE_READY) browser
-	$(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup
+	$(PY) -m pytest -m "not gpu"
 
 # A reduced run of the studies in docs/results.md; of the demo task where there are no data sets.
 reproduce: RAEE_DATA ?= ../shared/data

@@ -14,14 +14,6 @@ settings.register_profile("shared machine", deadline=None)  # no test is judged 
 settings.load_profile("shared machine")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the processes of `pytest -n` one has all engines: beside each other they would starve."""
-    for item in items:
-        if any(item.iter_markers("engine")) or any(item.iter_markers("server")):
-            item.add_marker(pytest.mark.xdist_group("engines"))
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, converted from its package."""

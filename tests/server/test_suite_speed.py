@@ -18,7 +18,7 @@ from tests.server.conftest import MODEL
 
 pytestmark = pytest.mark.server
 
-PROMPTS, DOCUMENTS, ROWS = 10, 2, 16
+PROMPTS, DOCUMENTS, ROWS = 10, 2, 12
 TASKS = ("demo_sentiment", "demo_summary")
 
 
