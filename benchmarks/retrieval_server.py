@@ -6,6 +6,9 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
+
+import psutil
 
 from benchmarks.statistics import paired_ratio
 from benchmarks.tables import build_table
@@ -28,25 +31,40 @@ def throughput_ratio(args: argparse.Namespace) -> dict[str, object]:
     flags = ["--table", table, "--encoder-backend", args.encoder_backend, *FLAGS]
     log = Path(args.workdir) / "server.log"
     with running_server(args.model, flags, log=log) as url:
-        rates = asyncio.run(_rates(asker(url, args.model), task, _prompts(task, args)))
+        rates, cores = asyncio.run(_rates(asker(url, args.model), task, _prompts(task, args)))
     placed = [line for line in log.read_text().splitlines() if "raee-serve: look-ups" in line]
     ratio = paired_ratio(rates["retrieved"], rates["forced"])
+    busy = [round(median(shares), 2) for shares in zip(*cores, strict=True)]
     print("\n".join(placed))
     print(f"requests/s retrieved / forced: {ratio} ({len(rates['forced'])} rounds of {TURN})")
-    return {"server_throughput_ratio": round(ratio.median, 4), "server_ratio": ratio.as_dict()}
+    print(f"forced, the cores are busy for these shares of the time: {busy}")
+    return {
+        "server_task": task.name,
+        "server_throughput_ratio": round(ratio.median, 4),
+        "server_ratio": ratio.as_dict(),
+        "server_cores_busy": busy,
+    }
 
 
-async def _rates(server: Asker, task: Task, prompts: Sequence[str]) -> dict[str, list[float]]:
-    """Requests/s of each turn; the first round warms up and is not counted."""
+async def _rates(
+    server: Asker, task: Task, prompts: Sequence[str]
+) -> tuple[dict[str, list[float]], list[list[float]]]:
+    """Requests/s of each turn, and each core's busy share while depths were forced.
+
+    The first round warms up and is not counted.
+    """
     rates: dict[str, list[float]] = {"retrieved": [], "forced": []}
+    cores: list[list[float]] = []
     for first in range(0, len(prompts) - TURN + 1, TURN):
         turn = prompts[first : first + TURN]
         layers, rate = await _ask(server, task, turn, [None] * TURN)
         rates["retrieved"].append(rate)
+        psutil.cpu_percent(percpu=True)  # counts from here
         _, rate = await _ask(server, task, turn, layers)
+        cores.append([percent / 100 for percent in psutil.cpu_percent(percpu=True)])
         rates["forced"].append(rate)
         print({name: f"{own[-1]:.1f}/s" for name, own in rates.items()}, flush=True)
-    return {name: own[1:] for name, own in rates.items()}
+    return {name: own[1:] for name, own in rates.items()}, cores[1:]
 
 
 async def _ask(

@@ -118,7 +118,7 @@ class Encoder:
             raise BindingError(
                 f"encoder {self.name}: back end {backend!r} gives vectors whose cosine similarity "
                 f"to those of 'torch', with which tables are built, is {similarity:.3f}; at least "
-                f"{MIN_SIMILARITY} is needed"
+                f"{MIN_SIMILARITY} is needed; use 'torch'"
             )
 
 

@@ -1,6 +1,6 @@
 """What look-ups may use of the machine. Imports nothing, so that settings can be checked early."""
 
-DEFAULT_BACKEND = "onnx"
+DEFAULT_BACKEND = "onnx-int8"
 BATCH_SIZE = {"torch": 8, "onnx": 4, "onnx-int8": 1}
 """Back ends of the encoder, and how many texts of similar length each takes at once: on a CPU
 larger batches gain less than their padding costs. One at a time, 8-bit activations are scaled for
