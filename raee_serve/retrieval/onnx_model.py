@@ -7,6 +7,7 @@ normalisation stay those of sentence-transformers.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import warnings
@@ -130,14 +131,18 @@ def _quantised(file: Path) -> Path:
         if node.op_type == "MatMul" and np.greater(*shapes.get(node.input[1], (0, 0)))
     ]
     target = file.with_name("int8.onnx")
-    quantize_dynamic(
-        file,
-        target,
-        op_types_to_quantize=["MatMul"],
-        nodes_to_exclude=shortening,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        reduce_range=True,  # 7 bits: AVX2 without VNNI saturates sums of products of 8
-        extra_options={"MatMulConstBOnly": True},
-    )
+    logging.disable(logging.WARNING)  # it recommends a pass over the graph that changes nothing here
+    try:
+        quantize_dynamic(
+            file,
+            target,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=shortening,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,  # 7 bits: AVX2 without VNNI saturates sums of products of 8
+            extra_options={"MatMulConstBOnly": True},
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     return target

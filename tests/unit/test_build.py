@@ -13,6 +13,7 @@ from raee_serve.errors import TaskError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.records import Reason
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table.build import BATCHES_PER_COMMIT, TaskBuilder
 from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
@@ -217,7 +218,7 @@ def test_command_builds_a_table_that_decides(family, tmp_path, smollm2, capsys):
     texts = [text for text in ExitTable.open(uri).rows("sst2").texts if text]
     for decision in retriever.decide([Lookup(("sst2",), text, k=3) for text in texts]):
         assert decision.reason in (Reason.RETRIEVED, Reason.NO_EVIDENCE)
-        assert decision.distance == pytest.approx(0, abs=1e-4)
+        assert decision.distance < MIN_BOUND
 
 
 def test_command_replaces_a_task_of_another_template(tmp_path, smollm2, capsys, monkeypatch):

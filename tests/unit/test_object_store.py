@@ -15,6 +15,7 @@ from raee_serve.errors import TableError
 from raee_serve.records import Reason
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table.store import ExitTable
 from tests.tiny import tokenized_llama
 from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata
@@ -80,7 +81,7 @@ def test_a_table_lives_in_a_bucket(uri, tmp_path):
     retriever = ExitRetriever.open(uri, backbone=BACKBONE)
     assert retriever.num_rows == 3 and "sst2" in ExitTable.open(uri).metadata.choices
     (decision,) = retriever.decide([Lookup(("sst2",), texts[0])])
-    assert decision.reason is Reason.RETRIEVED and decision.distance < 1e-3
+    assert decision.reason is Reason.RETRIEVED and decision.distance < MIN_BOUND
     assert cli.main(["table", "drop", uri, "--task", "sst2"]) == 0
     assert [v.rows for v in ExitTable.open(uri).history()] == [3, 0]
     assert not os.path.exists("s3:")
