@@ -131,7 +131,7 @@ def _quantised(file: Path) -> Path:
         if node.op_type == "MatMul" and np.greater(*shapes.get(node.input[1], (0, 0)))
     ]
     target = file.with_name("int8.onnx")
-    logging.disable(logging.WARNING)  # it recommends a pass over the graph that changes nothing here
+    logging.disable(logging.WARNING)  # recommends an optional pass over the graph
     try:
         quantize_dynamic(
             file,
