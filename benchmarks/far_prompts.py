@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from raee_serve.records import Reason
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.shortcuts import stored_shortcuts
 from raee_serve.table.datasets import DEFAULT_ROOT, load_examples
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
@@ -56,7 +57,8 @@ def far_share(retriever: ExitRetriever, task: str, texts: list[str]) -> float:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """The share that falls back, by kind of text; own-words is not a bar, see `main`."""
     metadata = ExitTable.open(args.table).metadata
-    retriever = ExitRetriever.open(args.table, backbone=metadata.backbone)
+    shortcuts = stored_shortcuts(args.table, None, metadata.backbone)
+    retriever = ExitRetriever.open(args.table, backbone=metadata.backbone, shortcuts=shortcuts)
     vocabulary = sorted(
         {word for text in texts_of(args.task, "train", args.data, 10**9) for word in text.split()}
     )

@@ -8,7 +8,7 @@
 - ann: LanceDB's index over 1,000,000 rows, real embeddings with seeded jitter: the search of one
   prompt, and recall@12 against exact search.
 - server: requests/s at concurrency 32 with depths retrieved / with the same depths forced by
-  `raee.exit_layer`, in turns.
+  `raee.exit_layer`, in turns. --model, --dtype, --table, --task and --rounds are of this part.
 
 The encoder uses one core. Prompts are never repeated, so no vector comes out of the cache.
 """
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import add_model_arguments
 from benchmarks.machine import machine
 from benchmarks.prompt_rows import BACKBONE, TASK, make_table, texts
 from benchmarks.retrieval_encoders import compare_encoders
@@ -150,10 +151,10 @@ def main() -> None:
     parser.add_argument("--ann-rows", type=int, default=1_000_000)
     parser.add_argument("--kind", choices=KINDS, help="of the index; default by size")
     parser.add_argument("--workdir", help="where tables are made and kept (default: nowhere)")
-    parser.add_argument("--model", default="smollm2-135m", help="of the server part")
-    parser.add_argument("--table", help="of the server part; default: one of demo_sentiment")
-    parser.add_argument("--task", default="demo_sentiment", help="of the server part")
-    parser.add_argument("--rounds", type=int, default=8, help="of the server part")
+    add_model_arguments(parser)
+    parser.add_argument("--table", help="default: one of the task")
+    parser.add_argument("--task", default="demo_summary")
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args()
     print(machine())

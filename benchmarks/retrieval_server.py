@@ -6,9 +6,6 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
-
-import psutil
 
 from benchmarks.statistics import paired_ratio
 from benchmarks.tables import build_table
@@ -28,54 +25,48 @@ def throughput_ratio(args: argparse.Namespace) -> dict[str, object]:
     """Median over rounds; each takes other prompts, first looked up, then at the depths found."""
     task = get_task(args.task)
     table = args.table or _built(args)
-    flags = ["--table", table, "--encoder-backend", args.encoder_backend, *FLAGS]
+    flags = ["--table", table, "--encoder-backend", args.encoder_backend, "--dtype", args.dtype]
     log = Path(args.workdir) / "server.log"
-    with running_server(args.model, flags, log=log) as url:
-        rates, cores = asyncio.run(_rates(asker(url, args.model), task, _prompts(task, args)))
+    with running_server(args.model, [*flags, *FLAGS], log=log) as url:
+        rates = asyncio.run(_rates(asker(url, args.model), task, _prompts(task, args)))
     placed = [line for line in log.read_text().splitlines() if "raee-serve: look-ups" in line]
     ratio = paired_ratio(rates["retrieved"], rates["forced"])
-    busy = [round(median(shares), 2) for shares in zip(*cores, strict=True)]
     print("\n".join(placed))
     print(f"requests/s retrieved / forced: {ratio} ({len(rates['forced'])} rounds of {TURN})")
-    print(f"forced, the cores are busy for these shares of the time: {busy}")
     return {
+        "server_model": args.model,
+        "server_dtype": args.dtype,
         "server_task": task.name,
         "server_throughput_ratio": round(ratio.median, 4),
         "server_ratio": ratio.as_dict(),
-        "server_cores_busy": busy,
     }
 
 
-async def _rates(
-    server: Asker, task: Task, prompts: Sequence[str]
-) -> tuple[dict[str, list[float]], list[list[float]]]:
-    """Requests/s of each turn, and each core's busy share while depths were forced.
-
-    The first round warms up and is not counted.
-    """
+async def _rates(server: Asker, task: Task, prompts: Sequence[str]) -> dict[str, list[float]]:
+    """Requests/s of each turn; the first round warms up and is not counted."""
     rates: dict[str, list[float]] = {"retrieved": [], "forced": []}
-    cores: list[list[float]] = []
     for first in range(0, len(prompts) - TURN + 1, TURN):
         turn = prompts[first : first + TURN]
         layers, rate = await _ask(server, task, turn, [None] * TURN)
         rates["retrieved"].append(rate)
-        psutil.cpu_percent(percpu=True)  # counts from here
         _, rate = await _ask(server, task, turn, layers)
-        cores.append([percent / 100 for percent in psutil.cpu_percent(percpu=True)])
         rates["forced"].append(rate)
         print({name: f"{own[-1]:.1f}/s" for name, own in rates.items()}, flush=True)
-    return {name: own[1:] for name, own in rates.items()}, cores[1:]
+    return {name: own[1:] for name, own in rates.items()}
 
 
 async def _ask(
     server: Asker, task: Task, prompts: Sequence[str], layers: Sequence[int | None]
 ) -> tuple[list[int], float]:
-    """Exit layers of the prompts, and requests/s."""
+    """Exit layers of the prompts, and requests/s.
+
+    The loop guard, which no given depth has, is left out of depths looked up.
+    """
     free = asyncio.Semaphore(CONCURRENCY)
 
     async def one(prompt: str, layer: int | None) -> int:
         async with free:
-            options = {} if layer is None else {"exit_layer": layer}
+            options = {"loop_guard": False} if layer is None else {"exit_layer": layer}
             return (await server.ask(task, prompt, options)).exit_layer
 
     start = time.perf_counter()

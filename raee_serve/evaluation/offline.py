@@ -24,6 +24,7 @@ from raee_serve.retrieval.aggregate import RULES, rule_named
 from raee_serve.retrieval.points_command import points_named
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.server.settings import DepthSettings
+from raee_serve.shortcuts import stored_shortcuts
 from raee_serve.table.datasets import Example
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
@@ -96,6 +97,7 @@ def evaluate(
         fraction=settings.fraction,
         vote_weight=settings.vote_weight,
         exit_points=settings.exit_points,
+        shortcuts=stored_shortcuts(settings.table, settings.shortcuts_file, backbone),
     )
     for task in tasks:
         prompts = asked[task.name]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ from raee_serve.evaluation.probed import KnownVectors, ProbeCache, ProbedTask
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.aggregate import RULES
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.shortcuts import FILE_NAME
 from raee_serve.table.datasets import Example
-from raee_serve.table.schema import RuleChoice
+from raee_serve.table.schema import RuleChoice, TaskEntry
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
-from tests.tiny import tokenized_llama
+from tests.tiny import random_shortcuts, tokenized_llama
 from tests.unit.table_rows import ENCODER, label_rows, unit_vectors
 
 pytestmark = pytest.mark.unit
@@ -143,14 +145,21 @@ def test_prompts_that_are_far_count_at_full_depth(cache, ask):
 
 
 def test_a_stored_choice_is_compared_where_there_is_one(cache, ask, uri, tmp_path):
-    import shutil
-
     copy = str(tmp_path / "copy")
     shutil.copytree(uri, copy)
     ExitTable.open(copy).put_choice("sst2", RuleChoice("published", 3, 1.0, 1.0))
     ways = ask(table=copy)[2]["tasks"]["sst2"]["ways"]
     published = ask("--rule", "published", "--k", "3", table=copy)[2]["tasks"]["sst2"]["ways"]
     assert ways[STORED] == published["published"]
+
+
+def test_a_table_with_exit_shortcuts_is_asked_as_one_without(cache, ask, uri, checkpoint, tmp_path):
+    copy = str(tmp_path / "copy")
+    shutil.copytree(uri, copy)
+    shortcuts = random_shortcuts(checkpoint, (2,))
+    shortcuts.save(tmp_path / "copy" / FILE_NAME)
+    ExitTable.open(copy).put_task(TaskEntry.of(get_task("cnndm"), (), (2, 4), shortcuts))
+    assert ask("--rule", "earliest", table=copy)[2] == ask("--rule", "earliest")[2]
 
 
 def test_baselines_by_hand():

@@ -16,6 +16,7 @@ from raee_serve.evaluation.probed import KnownVectors, ProbeCache, ProbedTask
 from raee_serve.evaluation.run import shuffled_rows
 from raee_serve.fingerprint import BackboneIdentity, identify_backbone
 from raee_serve.retrieval.retriever import ExitRetriever
+from raee_serve.shortcuts import stored_shortcuts
 from raee_serve.table.datasets import Example, load_examples
 from raee_serve.table.schema import TableMetadata, TaskRows, row_id
 from raee_serve.table.store import ExitTable
@@ -142,8 +143,9 @@ class Material:
         self, table: ExitTable, prompts: Sequence[ProbedTask] = (), **options: Any
     ) -> ExitRetriever:
         prompts = prompts or [self.asked(task) for task in self.tasks]
-        known = KnownVectors(self.table.metadata.encoder, prompts)
-        return ExitRetriever.open(table.uri, backbone=self.backbone, encoder=known, **options)
+        options["encoder"] = KnownVectors(self.table.metadata.encoder, prompts)
+        options["shortcuts"] = stored_shortcuts(self.table.uri, None, self.backbone)
+        return ExitRetriever.open(table.uri, backbone=self.backbone, **options)
 
     def table_of(self, rows: Mapping[str, TaskRows]) -> ExitTable:
         """A table of these rows, in the scratch folder."""
