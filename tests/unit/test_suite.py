@@ -26,6 +26,7 @@ from raee_serve.evaluation.suite.material import Material, Source
 from raee_serve.evaluation.suite.peers import confident
 from raee_serve.evaluation.suite.quantizing import int8_checkpoint
 from raee_serve.evaluation.suite.report import draw
+from raee_serve.evaluation.suite.scores import tasks_averaged
 from raee_serve.evaluation.suite.serving import System, Timed, Way, in_turns, predicted, speed
 from raee_serve.evaluation.suite.summarised import Documents
 from raee_serve.retrieval.leave_one_out import LABEL_VOTE
@@ -217,6 +218,12 @@ def test_mean_states_and_influence_are_of_real_tokens_only(checkpoint):
     influence = backbone.block_influence(PROMPTS)
     for layer in range(backbone.num_layers - 1):
         assert influence[layer] == pytest.approx(1 - np.mean(similarity[layer]), abs=1e-5)
+
+
+def test_a_mean_accuracy_is_of_tasks_scored_by_it():
+    cola, sst2 = get_task("cola"), get_task("sst2")
+    assert tasks_averaged([cola, sst2]) == [sst2]
+    assert tasks_averaged([cola]) == [cola]
 
 
 def test_a_confidence_threshold_exits_where_it_is_sure():

@@ -10,7 +10,7 @@ from raee_serve.evaluation.baselines import Answers, baselines
 from raee_serve.evaluation.paired import compare, compare_scores
 from raee_serve.evaluation.suite.findings import Findings, Picture, Row
 from raee_serve.evaluation.suite.material import Material
-from raee_serve.evaluation.suite.scores import averaged, by_task, decided
+from raee_serve.evaluation.suite.scores import averaged, by_task, decided, tasks_averaged
 from raee_serve.evaluation.suite.serving import (
     CONCURRENCY,
     System,
@@ -59,7 +59,7 @@ def run(material: Material) -> Findings:
     }
     for name in beside[material.tasks[0].name]:
         ways[name] = {task: own[name] for task, own in beside.items()}
-    golds = {task.name: material.asked(task).golds for task in material.tasks}
+    golds = {task.name: material.asked(task).golds for task in tasks_averaged(material.tasks)}
     right = {
         way: [answers[task].predicted == gold for task, gold in golds.items()]
         for way, answers in ways.items()
@@ -69,7 +69,7 @@ def run(material: Material) -> Findings:
         for way, answers in ways.items()
     ]
     notes = [
-        f"{rule} against {LABEL_VOTE}, in accuracy over all tasks, paired: "
+        f"{rule} against {LABEL_VOTE}, in accuracy over {', '.join(golds)}, paired: "
         f"{compare(right[rule], right[LABEL_VOTE])}"
         for rule in RULES
     ]

@@ -25,8 +25,7 @@ def averaged(material: Material, way: Mapping[str, Answers]) -> Row:
 
     way: answers by task, to all of its prompts or to the first ones.
     """
-    counted = [t for t in material.tasks if t.name in way and t.name not in MATTHEWS_TASKS]
-    counted = counted or [t for t in material.tasks if t.name in way]
+    counted = tasks_averaged([task for task in material.tasks if task.name in way])
     rng = np.random.default_rng(0)
     means, resampled = [], np.zeros(DRAWS)
     for task in counted:
@@ -43,6 +42,11 @@ def averaged(material: Material, way: Mapping[str, Answers]) -> Row:
         "high": round(float(high), 4),
         "depth": round(depth, 4),
     }
+
+
+def tasks_averaged(tasks: Sequence[Task]) -> Sequence[Task]:
+    """Those scored by accuracy; all of them where there is none."""
+    return [task for task in tasks if task.name not in MATTHEWS_TASKS] or tasks
 
 
 def by_task(material: Material, way: Mapping[str, Answers]) -> Row:
