@@ -12,6 +12,7 @@ def check_seams(model_runner: int = 1) -> None:
     switched on.
     """
     from raee_serve_patches import (
+        allowed_tokens,
         compiled_layers,
         lora_rows,
         request_salt,
@@ -21,6 +22,9 @@ def check_seams(model_runner: int = 1) -> None:
         v2_step,
     )
 
-    by_runner = {1: (lora_rows, seeded_chunks, v1_step), 2: (v2_step, v2_graphs, compiled_layers)}
+    by_runner = {
+        1: (allowed_tokens, lora_rows, seeded_chunks, v1_step),
+        2: (v2_step, v2_graphs, compiled_layers),
+    }
     for module in (request_salt, *by_runner[model_runner]):
         module.SEAM.check()

@@ -9,14 +9,18 @@ offers no hook between that and the model's forward.
 Retired by: model runner V2, whose `ModelState.prepare_attn` is such a hook.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID as NO_SLOT
 
+from raee_serve.engine.layer_loop import fitted
 from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
+from raee_serve.engine.row_widths import exact, recurring
+from raee_serve_patches.allowed_tokens import allowed_tokens
 from raee_serve_patches.layer_names import names_within
 from raee_serve_patches.lora_rows import LoraRows
 from raee_serve_patches.seam import Seam
@@ -47,6 +51,9 @@ class V1Step:
         self._runner = runner
         self._num_layers = self.deepest_exit = num_layers
         self._lora = LoraRows(runner) if runner.lora_config else None
+        # Adapters are mapped to the rows there are; only a CPU makes a kernel for each width.
+        on_cpu = runner.device.type == "cpu"
+        self.width = recurring if on_cpu and self._lora is None else exact
         self._scheduler_output: Any = None
 
     @property
@@ -85,9 +92,12 @@ class V1Step:
             [self._wanted_rows(r, query_lens[r]) for r in request_ids],
             [r in self._scheduler_output.shortcuts for r in request_ids],
         )
-        if plan is None or plan.is_plain:
+        if plan is None:
+            return None
+        if plan.is_plain:
+            fill_slots(self.width(plan.num_rows))
             return plan
-        narrow_attention(self._runner.attn_groups, plan)
+        narrow_attention(self._runner.attn_groups, plan, self.width)
         if self._lora is not None:
             self._lora.reorder(plan.row_order)
         return plan
@@ -96,6 +106,16 @@ class V1Step:
         """Narrow what is indexed by row outside the forward context."""
         if self._lora is not None:
             self._lora.narrow(stage.num_rows)
+
+    def allowed_tokens(self) -> tuple[int, ...] | None:
+        """What all requests of the step may answer with; `None` means any token.
+
+        Drafts are checked against logits of their own, adapters can have heads of their own.
+        """
+        runner = self._runner
+        if self._scheduler_output is None or self._lora is not None or runner.speculative_config:
+            return None
+        return allowed_tokens(runner)
 
     def _wanted_rows(self, request_id: str, query_len: int) -> int:
         """Last rows of a request whose hidden states the runner reads after the forward.
@@ -109,8 +129,19 @@ class V1Step:
         return 1 + len(drafts)
 
 
-def narrow_attention(attn_groups: list[list[Any]], plan: TruncationPlan) -> None:
+def fill_slots(width: int) -> None:
+    """Give every layer a KV slot, or none, for each of so many rows; the last ones are filler."""
+    context = get_forward_context()
+    filled = {id(slots): fitted(slots, width, NO_SLOT) for slots in context.slot_mapping.values()}
+    context.slot_mapping = {name: filled[id(slots)] for name, slots in context.slot_mapping.items()}
+
+
+def narrow_attention(
+    attn_groups: list[list[Any]], plan: TruncationPlan, width: Callable[[int], int] = exact
+) -> None:
     """Give every layer the attention metadata and KV slots of the rows alive at it.
+
+    width: as of `run_truncated`; filler has no slots.
 
     Built once for each stage and attention group, before the first layer runs; for depth segments,
     which have the same but for their blocks, once for each stage. Layers that nothing reaches get
@@ -129,7 +160,7 @@ def narrow_attention(attn_groups: list[list[Any]], plan: TruncationPlan) -> None
             names = names_within(group.layer_names, stage.first_layer, stage.end_layer)
             if not names:
                 continue
-            common = whole.at(stage)
+            common = whole.at(stage, width(stage.num_rows))
             built = of_stage.get(stage.first_layer)
             if built is None or not builder.supports_update_block_table:
                 built = of_stage[stage.first_layer] = builder.build(0, common)
@@ -154,8 +185,9 @@ class _InPlanOrder:
             self._block_table = built.block_table[plan.request_order]
             self.slot_mapping = built.slot_mapping[plan.row_order]
 
-    def at(self, stage: Stage) -> CommonAttentionMetadata:
-        """The part that is alive in `stage`: views of the first requests, queries of kept rows."""
+    def at(self, stage: Stage, width: int) -> CommonAttentionMetadata:
+        """The part that is alive in `stage`: views of the first requests, queries of kept rows,
+        slots of all and none for filler up to `width`."""
         requests = stage.num_requests
         return CommonAttentionMetadata(
             query_start_loc=stage.query_start_loc,
@@ -166,6 +198,6 @@ class _InPlanOrder:
             max_query_len=stage.max_query_len,
             max_seq_len=self._built.max_seq_len,
             block_table_tensor=self._block_table[:requests],
-            slot_mapping=self.slot_mapping[: stage.num_rows],
+            slot_mapping=fitted(self.slot_mapping[: stage.num_rows], width, NO_SLOT),
             causal=self._built.causal,
         )

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from raee_serve.engine.plan import Stage, TruncationPlan
+from raee_serve.engine.row_widths import exact
 from raee_serve.shortcuts import Shortcut
 
 
@@ -22,6 +24,7 @@ def run_truncated(
     residual_norm: str,
     shortcuts: Mapping[int, Shortcut] | None = None,
     enter_stage: Callable[[Stage], None] | None = None,
+    width: Callable[[int], int] = exact,
     **layer_kwargs: Any,
 ) -> torch.Tensor:
     """Run each row through its own number of layers, then the final norm on all rows at once.
@@ -32,6 +35,7 @@ def run_truncated(
     residual_norm: name of the norm in which a layer adds its attention output to the residual.
     shortcuts: by exit layer, those that the plan asks for; in the model's dtype.
     enter_stage: called before the layers of each stage run.
+    width: of a number of rows, how many tensors are to have with filler; never less for more rows.
     Returns [T, hidden_size], in batch order; rows that the plan does not want hold the state of
     another row of their request.
 
@@ -44,23 +48,30 @@ def run_truncated(
         hidden, positions = hidden[plan.row_order], positions[plan.row_order]
 
     residual = None
+    rows = plan.num_rows
     left: list[tuple[torch.Tensor, torch.Tensor]] = []
     for stage in plan.stages:
-        if stage.num_rows < hidden.shape[0]:
-            left.append((hidden[stage.num_rows :], residual[stage.num_rows :]))
-            hidden, residual = hidden[: stage.num_rows], residual[: stage.num_rows]
-            positions = positions[: stage.num_rows]
+        wide = width(stage.num_rows)
+        if stage.num_rows < rows:
+            leaving = hidden[stage.num_rows : rows], residual[stage.num_rows : rows]
+            # As filler of the others they would be changed in place.
+            left.append(leaving if wide == stage.num_rows else tuple(map(torch.clone, leaving)))
+        hidden, positions = fitted(hidden, wide), fitted(positions, wide)
+        residual = None if residual is None else fitted(residual, wide)
         if enter_stage is not None:
             enter_stage(stage)
         for layer in islice(decoder.layers, stage.first_layer, stage.end_layer):
             if stage.kept_rows is None:
                 hidden, residual = layer(positions, hidden, residual, **layer_kwargs)
                 continue
-            with keeping_rows(layer, residual_norm, stage.kept_rows):
+            with keeping_rows(layer, residual_norm, fitted(stage.kept_rows, width(stage.num_kept))):
                 hidden, residual = layer(positions, hidden, residual, **layer_kwargs)
+        rows = stage.num_kept
         if stage.num_shortcut:
             assert shortcuts is not None, f"no shortcut at layer {stage.end_layer}"
-            take_shortcut(hidden, residual, stage.num_shortcut, shortcuts[stage.end_layer])
+            shortcut = shortcuts[stage.end_layer]
+            take_shortcut(hidden[:rows], residual[:rows], stage.num_shortcut, shortcut)
+    hidden, residual = hidden[:rows], residual[:rows]
     if left:
         left.append((hidden, residual))
         hidden = torch.cat([part for part, _ in reversed(left)])
@@ -68,6 +79,14 @@ def run_truncated(
 
     hidden, _ = decoder.norm(hidden, residual)
     return hidden if plan.row_place is None else hidden[plan.row_place]
+
+
+def fitted(tensor: torch.Tensor, num_rows: int, filler: int = 0) -> torch.Tensor:
+    """`tensor` with so many rows: its first ones, or all of them and then rows of `filler`."""
+    missing = num_rows - tensor.shape[0]
+    if missing <= 0:
+        return tensor[:num_rows]
+    return functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, missing), value=filler)
 
 
 def take_shortcut(

@@ -19,6 +19,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from raee_serve.engine.graph_layout import GraphLayout, captured_sizes, lay_out
 from raee_serve.engine.graph_segments import Capture, Layer, SegmentGraphs, StaticRows, StepRows
 from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
+from raee_serve.engine.row_widths import exact
 from raee_serve.engine.scheduler import Exits
 from raee_serve.exit_points import segments_between
 from raee_serve_patches.compiled_layers import CompiledLayers
@@ -179,6 +180,13 @@ class TruncatingModelState(DefaultModelState):
     def enter_stage(self, stage: Stage) -> None:
         if self._attention is not None:
             self._attention.enter(stage)
+
+    def width(self, num_rows: int) -> int:
+        """No filler: this runner is for GPUs, whose kernels take any number of rows."""
+        return exact(num_rows)
+
+    def allowed_tokens(self) -> None:
+        """Not known here: this runner keeps what requests may answer with on the device."""
 
     def _truncated(self, input_batch: InputBatch) -> list[AskedExit] | None:
         """The exits of a step's requests, in batch order; None where all run every layer.

@@ -25,6 +25,8 @@ SCHEDULER_CLS = "raee_serve.engine.scheduler.truncating_scheduler"
 CPU_WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
 GPU_WORKER_CLS = "raee_serve.engine.gpu_worker.TruncatingGPUWorker"
 WORKERS = (CPU_WORKER_CLS, GPU_WORKER_CLS)
+RESTING_EXECUTOR = "raee_serve.engine.executor.RestingExecutor"
+"""For `distributed_executor_backend`: what serving on a CPU takes instead of vLLM's "mp"."""
 
 KV_SEGMENTS_KEY = "raee_kv_segments"
 """Key of vLLM's `additional_config`: depth segments of the KV cache, a number or "auto"."""

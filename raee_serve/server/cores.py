@@ -8,6 +8,11 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
+from raee_serve.engine.settings import RESTING_EXECUTOR
+
+BINDING = ("mp", RESTING_EXECUTOR)
+"""Executors whose worker processes vLLM binds to cores."""
+
 
 def spare_cores(vllm_config: Any) -> frozenset[int]:
     """Cores of this process that no worker is bound to; empty if unknown or if there are none.
@@ -15,7 +20,7 @@ def spare_cores(vllm_config: Any) -> frozenset[int]:
     Known on CPUs, for one engine whose worker processes vLLM binds (VLLM_CPU_OMP_THREADS_BIND).
     """
     parallel = vllm_config.parallel_config
-    bound = current_platform.is_cpu() and parallel.distributed_executor_backend == "mp"
+    bound = current_platform.is_cpu() and parallel.distributed_executor_backend in BINDING
     if not bound or parallel.data_parallel_size > 1:
         return frozenset()
     plan = OMPProcessManager(vllm_config)

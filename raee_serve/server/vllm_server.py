@@ -26,6 +26,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 from vllm.utils.system_utils import decorate_logs
 
 from raee_serve.checkpoints import weight_files
+from raee_serve.engine.settings import RESTING_EXECUTOR, is_off
 from raee_serve.errors import RaeeError
 from raee_serve.server.cores import spare_cores
 from raee_serve.server.engine_client import DepthClient
@@ -123,6 +124,15 @@ def with_options(args: Namespace, options: Mapping[str, Any]) -> None:
         if name == "additional_config":
             value = {**(given or {}), **value}
         setattr(args, name, value)
+
+
+def let_core_rest(args: Namespace) -> None:
+    """On a CPU have the engine core sleep while its workers compute, in place.
+
+    A --distributed-executor-backend of the user's stands.
+    """
+    if current_platform.is_cpu() and args.distributed_executor_backend is None and not is_off():
+        args.distributed_executor_backend = RESTING_EXECUTOR
 
 
 def prefer_native_dtype(args: Namespace) -> None:

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 from prometheus_client import CollectorRegistry
+from vllm.platforms import current_platform
 
 from raee_serve.cli import main
 from raee_serve.cut import cut_checkpoint
-from raee_serve.engine.settings import engine_options
+from raee_serve.engine.settings import RESTING_EXECUTOR, engine_options
 from raee_serve.server import loading, vllm_server
 from raee_serve.server.metrics import DecisionMetrics
 from tests.server.conftest import MODEL
@@ -102,6 +103,18 @@ def test_kv_segments_reach_the_engine_beside_the_users_own_config():
     args = vllm_server.parse_serve_args(given)
     vllm_server.with_options(args, engine_options())
     assert args.additional_config == {"mine": 1}
+
+
+def test_the_engine_core_rests_unless_the_user_chose_an_executor_or_vanilla(monkeypatch):
+    def executor(*flags):
+        args = vllm_server.parse_serve_args(["m", *flags])
+        vllm_server.let_core_rest(args)
+        return args.distributed_executor_backend
+
+    assert executor() == (RESTING_EXECUTOR if current_platform.is_cpu() else None)
+    assert executor("--distributed-executor-backend", "mp") == "mp"
+    monkeypatch.setenv("RAEE_OFF", "1")
+    assert executor() is None
 
 
 def test_a_missing_model(refused):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.platforms import current_platform
 
+from raee_serve.engine.settings import RESTING_EXECUTOR
 from raee_serve.server import cores
 from raee_serve.server.lookup import LookupBatcher
 
@@ -33,10 +34,11 @@ pytestmark = [
 ]
 
 
-def test_cores_that_vllm_reserves_are_spare(monkeypatch):
+@pytest.mark.parametrize("executor", ["mp", RESTING_EXECUTOR])
+def test_cores_that_vllm_reserves_are_spare(monkeypatch, executor):
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
-    spare = cores.spare_cores(config())
+    spare = cores.spare_cores(config(distributed_executor_backend=executor))
     assert len(spare) == 1 and spare < set(CORES)
 
 

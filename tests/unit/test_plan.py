@@ -11,6 +11,7 @@ from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
 from raee_serve.engine.plan import plan_truncation
+from raee_serve.engine.row_widths import exact, recurring
 
 pytestmark = pytest.mark.unit
 
@@ -52,7 +53,7 @@ class CountingLayer(nn.Module):
     def forward(self, positions, hidden, residual):
         residual = hidden if residual is None else residual + hidden
         assert positions.shape[0] == hidden.shape[0] == residual.shape[0]
-        assert torch.equal(positions, residual[:, 1])
+        self.positions = positions
         attended = self.self_attn.attn(residual, residual[:, 1])
         hidden, residual = self.rejoin(self.added(attended), residual)
         return self.added(hidden), residual
@@ -95,10 +96,17 @@ class CountingDecoder(nn.Module):
     def norm(hidden, residual):
         return hidden + residual, None
 
-    def run(self, plan, rows):
-        return run_truncated(
-            self, plan, rows, rows, residual_norm="rejoin", shortcuts=self.shortcuts
-        )
+    def run(self, plan, rows, width=exact):
+        how = {"residual_norm": "rejoin", "shortcuts": self.shortcuts, "width": width}
+        return run_truncated(self, plan, rows, rows, **how)
+
+
+def by_sevens(num_rows):
+    """Filler for nearly every number of rows there is in these tests."""
+    return -(-num_rows // 7) * 7
+
+
+WIDTHS = st.sampled_from([exact, by_sevens, recurring])
 
 
 def rows_of(requests):
@@ -107,45 +115,50 @@ def rows_of(requests):
     return rows.split([n for _, n, *_ in requests])
 
 
-@given(batches())
-def test_wanted_rows_run_exactly_the_layers_of_their_request(requests):
+@given(batches(), WIDTHS)
+def test_wanted_rows_run_exactly_the_layers_of_their_request(requests, width):
     plan = planned(requests)
     if plan is None:
         assert {d for d, *_ in requests} == {NUM_LAYERS}
         return
     rows = rows_of(requests)
-    out = CountingDecoder().run(plan, torch.cat(rows)).split([len(r) for r in rows])
+    out = CountingDecoder().run(plan, torch.cat(rows), width).split([len(r) for r in rows])
     for (depth, _, wanted, shortcut), own, state in zip(requests, rows, out, strict=True):
         assert torch.equal(state[-wanted:, 1], own[-wanted:].double())
         assert (state[:, 0] == 2.0**depth - 1 - 1000 * depth * shortcut).all()
         assert set(state[:, 1].tolist()) <= set(own.tolist())
 
 
-@given(batches())
-def test_shortcuts_map_wanted_rows_alone(requests):
+@given(batches(), WIDTHS)
+def test_shortcuts_map_wanted_rows_alone(requests, width):
     plan = planned(requests)
     if plan is None:
         return
     decoder, rows = CountingDecoder(), rows_of(requests)
-    decoder.run(plan, torch.cat(rows))
+    decoder.run(plan, torch.cat(rows), width)
     expected = [r[-w:] for (*_, w, shortcut), r in zip(requests, rows, strict=True) if shortcut]
     assert sorted(decoder.mapped) == torch.cat([*expected, torch.empty(0)]).tolist()
 
 
-@given(batches())
-def test_every_row_writes_its_key_in_each_layer_it_runs(requests):
+@given(batches(), WIDTHS)
+def test_every_row_writes_its_key_in_each_layer_it_runs(requests, width):
     plan = planned(requests)
     if plan is None:
         return
     decoder = CountingDecoder()
     rows = rows_of(requests)
-    decoder.run(plan, torch.cat(rows))
+    decoder.run(plan, torch.cat(rows), width)
     for index in range(max(d for d, *_ in requests)):
         attention = decoder.layers[index].self_attn.attn
         alive = [(d, r, w) for (d, _, w, _), r in zip(requests, rows, strict=True) if d > index]
         queries = torch.cat([r[-w:] if d == index + 1 else r for d, r, w in alive])
-        assert sorted(attention.keys.tolist()) == torch.cat([r for _, r, _ in alive]).tolist()
-        assert sorted(attention.queries.tolist()) == queries.tolist()
+        keys = torch.cat([r for _, r, _ in alive])
+        # What comes after them is filler.
+        assert len(attention.keys) == width(len(keys))
+        assert sorted(attention.keys[: len(keys)].tolist()) == keys.tolist()
+        positions = decoder.layers[index].positions
+        assert torch.equal(positions[: len(keys)], attention.keys[: len(keys)])
+        assert sorted(attention.queries[: len(queries)].tolist()) == queries.tolist()
 
 
 @given(batches())
@@ -256,3 +269,10 @@ def test_a_moved_plan_is_the_same_with_its_indices_elsewhere(requests):
         assert after.query_start_loc is before.query_start_loc
         if before.kept_rows is not None:
             assert torch.equal(after.kept_rows, before.kept_rows + 100)
+
+
+@given(st.integers(1, 2048), st.integers(1, 2048))
+def test_recurring_widths_hold_their_rows_and_are_few(some, more):
+    assert some <= recurring(some) <= some + 127 and recurring(recurring(some)) == recurring(some)
+    assert (recurring(some) <= recurring(more)) or some > more
+    assert len({recurring(n) for n in range(1, 2049)}) == 43

@@ -71,6 +71,9 @@ class Source:
     def replayed(self):
         return None
 
+    def width(self, num_rows):
+        return num_rows
+
 
 @pytest.mark.parametrize("around", [lambda text: text, Multimodal], ids=["text", "multimodal"])
 def test_rows_run_their_own_depth_once_attached(around):

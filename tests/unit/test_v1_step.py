@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -13,13 +14,15 @@ pytestmark = pytest.mark.unit
 
 def planned(monkeypatch, drafts=(), scored=(), lora=None):
     """The plan of one request with four rows in the step, at exit layer 3 of 6."""
-    monkeypatch.setattr(v1_step, "narrow_attention", lambda groups, plan: None)
+    monkeypatch.setattr(v1_step, "narrow_attention", lambda groups, plan, width: None)
+    monkeypatch.setattr(v1_step, "fill_slots", lambda width: None)
     monkeypatch.setattr(v1_step.LoraRows, "reorder", lambda self, order: None)
     runner = SimpleNamespace(
         lora_config=lora,
         input_batch=SimpleNamespace(req_ids=["a"]),
         num_prompt_logprobs=dict.fromkeys(scored, 1),
         attn_groups=[],
+        device=torch.device("cpu"),
     )
     output = SimpleNamespace(
         exit_layers={"a": 3},

@@ -1,12 +1,13 @@
 """Mix-in that lets a vLLM causal language model run truncation plans."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
+from raee_serve.engine.narrow_head import can_narrow, narrow_logits
 from raee_serve.engine.plan import Stage, TruncationPlan
 from raee_serve.engine.settings import WORKERS
 from raee_serve.shortcuts import Shortcut
@@ -31,6 +32,14 @@ class StepSource(Protocol):
         """Called before the layers of each stage of that plan run."""
         ...
 
+    def width(self, num_rows: int) -> int:
+        """How many rows layers are to be given for so many: these, and filler."""
+        ...
+
+    def allowed_tokens(self) -> Sequence[int] | None:
+        """Those that the step in flight is to choose among; `None` means all."""
+        ...
+
 
 class TruncatedExecution:
     """Goes before the vLLM model class; `self.model` is its decoder stack.
@@ -43,6 +52,7 @@ class TruncatedExecution:
 
     model: nn.Module
     residual_norm: ClassVar[str] = "post_attention_layernorm"
+    _source: StepSource | None = None
 
     def attach(self, source: StepSource, shortcuts: Mapping[int, Shortcut] | None = None) -> None:
         """From now on the decoder stack asks `source` for the plan of each forward.
@@ -53,6 +63,7 @@ class TruncatedExecution:
         one calls the stack directly. A compiled stack is entered by its compiled code and not by
         its forward; there it is this model's.
         """
+        self._source = source
         decoder = self.model
         host = decoder if getattr(decoder, "do_not_compile", True) else self
         vanilla_forward = host.forward
@@ -81,10 +92,19 @@ class TruncatedExecution:
                 residual_norm=self.residual_norm,
                 shortcuts=shortcuts,
                 enter_stage=source.enter_stage,
+                width=source.width,
                 **kwargs,
             )
 
         host.forward = forward
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """As vLLM's; of the tokens alone that the step may choose among, where these are few."""
+        tokens = self._source.allowed_tokens() if self._source is not None else None
+        head = getattr(self, "lm_head", None) or self.model.embed_tokens
+        if tokens is None or not can_narrow(head, len(tokens)):
+            return super().compute_logits(hidden_states)
+        return narrow_logits(self.logits_processor, head, tokens, hidden_states)
 
     @property
     def get_model_state_cls(self) -> Callable[[], type]:
