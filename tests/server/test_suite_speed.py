@@ -87,6 +87,7 @@ def test_peers_are_asked_the_same_prompts(ours, vanilla, material, monkeypatch):
             "retrieved exits",
             "static truncation",
             "layers dropped",
+            "raee-serve at full depth",
             "n-gram drafts",
             "int8 weights",
         ]
@@ -95,6 +96,8 @@ def test_peers_are_asked_the_same_prompts(ours, vanilla, material, monkeypatch):
     shorter = []
     for quality, by_way in zip(("accuracy", "ROUGE-L"), of_kind.values(), strict=True):
         assert all(0 <= row[quality] <= 1 and row["speed"] > 0 for row in by_way.values())
+        same, other = by_way["vanilla vLLM"], by_way["raee-serve at full depth"]
+        assert other["depth"] == 1 and other[quality] == pytest.approx(same[quality], abs=0.1)
         cut = by_way["static truncation"]["depth"]
         assert cut == by_way["layers dropped"]["depth"]
         n = round(cut * num_layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -52,6 +52,7 @@ NOTES = (
     "All but the retrieved exits and the n-gram drafts are calibrated on the table's rows, by "
     "`logit_bias`, which vLLM refuses beside drafts; int8 weights with full depth's biases. An "
     "answer of one label word leaves n-gram drafts nothing to draft.",
+    "raee-serve at full depth: what it gains without exits, as by logits of the label words alone.",
     "static truncation, layers dropped: as many layers as retrieved exits run on average, rounded.",
 )
 CPU_ONLY = "Speed was not measured: two servers at once would each want the GPU's memory."
@@ -69,7 +70,7 @@ class Peer:
     """One system beside vanilla vLLM.
 
     layers: that it runs, None where its answers say it. prompts: those it is asked; settings: of
-    every request about a task.
+    every request about a task. raee: see `Way`.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Peer:
     start: Callable[[], AbstractContextManager[System]]
     prompts: Prompts
     settings: Settings
+    raee: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measured(material: Material, dropping: LayerDropping) -> tuple[list[Row], Sequence[str]]:
@@ -105,13 +107,7 @@ class _Study:
         calibrated_at_full_depth = self._settings(self._biases_at(self._num_layers))
         with vanilla_system(checkpoint, source.model) as vanilla:
             base = Way(vanilla, {}, calibrated_at_full_depth)
-            retrieved = Peer(
-                "retrieved exits",
-                None,
-                lambda: raee_system(source.model, source.table),
-                self.prompts,
-                summarised.settings,
-            )
+            retrieved = Peer("retrieved exits", None, self._raee, self.prompts, summarised.settings)
             theirs, ours = self._pair(base, retrieved)
             rows = self._lines("vanilla vLLM", self._num_layers, theirs, theirs)
             rows += self._lines(retrieved.name, None, ours, theirs)
@@ -123,7 +119,7 @@ class _Study:
     def _pair(self, base: Way, peer: Peer) -> tuple[Timings, Timings]:
         print(f"raee-serve: peers: {peer.name}", flush=True)
         with peer.start() as system:
-            theirs, own = in_turns([base, Way(system, {}, peer.settings)], peer.prompts)
+            theirs, own = in_turns([base, Way(system, peer.raee, peer.settings)], peer.prompts)
         return theirs, own
 
     def _shorter(self, retrieved: Timings) -> Iterator[Peer]:
@@ -145,6 +141,9 @@ class _Study:
 
     def _whole(self, calibrated_at_full_depth: Settings) -> Iterator[Peer]:
         """Of all layers."""
+        biased = self._biased(self._biases_at(self._num_layers))
+        name, full = "raee-serve at full depth", {"exit_layer": "full"}
+        yield Peer(name, self._num_layers, self._raee, self.prompts, biased, full)
         every = list(range(1, self._num_layers + 1))
         drafts = ("--speculative-config", json.dumps(NGRAM))
         yield self._vanilla("n-gram drafts", every, self.prompts, self._settings({}), drafts)
@@ -157,6 +156,9 @@ class _Study:
             self.prompts,
             calibrated_at_full_depth,
         )
+
+    def _raee(self) -> AbstractContextManager[System]:
+        return raee_system(self._material.source.model, self._material.source.table)
 
     def _vanilla(
         self,
@@ -185,17 +187,27 @@ class _Study:
 
     def _settings(self, biases: Biases) -> Settings:
         """For vanilla vLLM: outputs limited to label words as raee-serve limits them."""
+        entries, biased = self._material.table.metadata.tasks, self._biased(biases)
+
+        def settings(task: Task) -> Mapping[str, Any]:
+            if task.kind == "free-text":
+                return biased(task)
+            ids = entries[task.name].label_token_ids
+            return {**biased(task), "extra_body": {"allowed_token_ids": list(ids)}}
+
+        return settings
+
+    def _biased(self, biases: Biases) -> Settings:
         entries = self._material.table.metadata.tasks
 
         def settings(task: Task) -> Mapping[str, Any]:
             if task.kind == "free-text":
                 return summarised.settings(task)
+            if task.name not in biases:
+                return {}
             ids = entries[task.name].label_token_ids
-            limited: dict[str, Any] = {"extra_body": {"allowed_token_ids": list(ids)}}
-            if task.name in biases:
-                by_token = zip(ids, biases[task.name].tolist(), strict=True)
-                limited["logit_bias"] = {str(token): -bias for token, bias in by_token}
-            return limited
+            by_token = zip(ids, biases[task.name].tolist(), strict=True)
+            return {"logit_bias": {str(token): -bias for token, bias in by_token}}
 
         return settings
 
