@@ -1,0 +1,54 @@
+"""An engine core that waits for its workers takes no time from others, and hears every answer."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+from raee_serve_patches.resting_core import rest_while_waiting
+
+pytestmark = pytest.mark.unit
+
+PAUSE_S = 0.05
+
+
+@pytest.fixture
+def queue():
+    """Both ends of what workers answer through."""
+    writer = MessageQueue(1, 1)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(writer.wait_until_ready)
+        reader.wait_until_ready()
+        ready.result()
+    yield writer, reader
+    reader.shutdown()
+
+
+def cpu_share(writer, reader):
+    """Of the time that the reader spends on some answers, each a while after the one before."""
+
+    def answer():
+        for number in range(10):
+            time.sleep(PAUSE_S)
+            writer.enqueue(number)
+
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(answer)
+        wall, own = time.perf_counter(), time.thread_time()
+        assert [reader.dequeue(timeout=10) for _ in range(10)] == list(range(10))
+        share = (time.thread_time() - own) / (time.perf_counter() - wall)
+        answers.result()
+    return share
+
+
+def test_waiting_takes_no_time_from_others(queue):
+    writer, reader = queue
+    restless = cpu_share(writer, reader)
+    rest_while_waiting(SimpleNamespace(response_mqs=[reader]))
+    assert cpu_share(writer, reader) < restless / 4
