@@ -52,3 +52,10 @@ def test_waiting_takes_no_time_from_others(queue):
     restless = cpu_share(writer, reader)
     rest_while_waiting(SimpleNamespace(response_mqs=[reader]))
     assert cpu_share(writer, reader) < restless / 4
+
+
+def test_an_answer_without_a_call_is_heard(queue):
+    writer, reader = queue
+    rest_while_waiting(SimpleNamespace(response_mqs=[reader]))
+    writer._spin_condition.notify = lambda: None  # a call may get lost
+    cpu_share(writer, reader)
