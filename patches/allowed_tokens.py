@@ -28,10 +28,11 @@ SEAM = Seam(
 )
 
 
-def allowed_tokens(runner: Any) -> tuple[int, ...] | None:
+def allowed_tokens(runner: Any, most: int) -> tuple[int, ...] | None:
     """All that any request of the step in flight may answer with, in rising order.
 
-    `None` where a request may answer with any token, or wants to know the probabilities of others.
+    `None` where these are more than `most`, or a request wants to know the probabilities of others.
+    Asked in every step: a request that may answer with too many ends the search.
     """
     batch = runner.input_batch
     if not all(request_id in batch.has_allowed_token_ids for request_id in batch.req_ids):
@@ -40,5 +41,8 @@ def allowed_tokens(runner: Any) -> tuple[int, ...] | None:
         return None
     tokens: set[int] = set()
     for request_id in batch.req_ids:
-        tokens.update(runner.requests[request_id].sampling_params.allowed_token_ids)
-    return tuple(sorted(tokens))
+        allowed = runner.requests[request_id].sampling_params.allowed_token_ids
+        if len(allowed) > most:
+            return None
+        tokens.update(allowed)
+    return tuple(sorted(tokens)) if len(tokens) <= most else None

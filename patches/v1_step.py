@@ -107,15 +107,15 @@ class V1Step:
         if self._lora is not None:
             self._lora.narrow(stage.num_rows)
 
-    def allowed_tokens(self) -> tuple[int, ...] | None:
-        """What all requests of the step may answer with; `None` means any token.
+    def allowed_tokens(self, most: int) -> tuple[int, ...] | None:
+        """What all requests of the step may answer with; `None` if more than `most` tokens.
 
         Drafts are checked against logits of their own, adapters can have heads of their own.
         """
         runner = self._runner
         if self._scheduler_output is None or self._lora is not None or runner.speculative_config:
             return None
-        return allowed_tokens(runner)
+        return allowed_tokens(runner, most)
 
     def _wanted_rows(self, request_id: str, query_len: int) -> int:
         """Last rows of a request whose hidden states the runner reads after the forward.

@@ -185,7 +185,7 @@ class TruncatingModelState(DefaultModelState):
         """No filler: this runner is for GPUs, whose kernels take any number of rows."""
         return exact(num_rows)
 
-    def allowed_tokens(self) -> None:
+    def allowed_tokens(self, most: int) -> None:
         """Not known here: this runner keeps what requests may answer with on the device."""
 
     def _truncated(self, input_batch: InputBatch) -> list[AskedExit] | None:

@@ -34,13 +34,10 @@ class _Rows(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def can_narrow(head: Any, num_tokens: int) -> bool:
-    """Whether `head` is whole and plain, and `num_tokens` rows of it are few."""
-    return (
-        isinstance(getattr(head, "quant_method", None), UnquantizedEmbeddingMethod)
-        and head.tp_size == 1
-        and num_tokens * LEAST_SHARE <= head.weight.shape[0]
-    )
+def most_tokens(head: Any) -> int:
+    """Up to how many tokens are few for `head`; none unless it is whole and plain."""
+    plain = isinstance(getattr(head, "quant_method", None), UnquantizedEmbeddingMethod)
+    return head.weight.shape[0] // LEAST_SHARE if plain and head.tp_size == 1 else 0
 
 
 def narrow_logits(

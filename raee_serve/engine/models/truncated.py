@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from raee_serve.engine.layer_loop import run_truncated
-from raee_serve.engine.narrow_head import can_narrow, narrow_logits
+from raee_serve.engine.narrow_head import most_tokens, narrow_logits
 from raee_serve.engine.plan import Stage, TruncationPlan
 from raee_serve.engine.settings import WORKERS
 from raee_serve.shortcuts import Shortcut
@@ -36,8 +36,8 @@ class StepSource(Protocol):
         """How many rows layers are to be given for so many: these, and filler."""
         ...
 
-    def allowed_tokens(self) -> Sequence[int] | None:
-        """Those that the step in flight is to choose among; `None` means all."""
+    def allowed_tokens(self, most: int) -> Sequence[int] | None:
+        """Those that the step in flight is to choose among; `None` if more than `most`."""
         ...
 
 
@@ -100,9 +100,10 @@ class TruncatedExecution:
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """As vLLM's; of the tokens alone that the step may choose among, where these are few."""
-        tokens = self._source.allowed_tokens() if self._source is not None else None
         head = getattr(self, "lm_head", None) or self.model.embed_tokens
-        if tokens is None or not can_narrow(head, len(tokens)):
+        few = most_tokens(head) if self._source is not None else 0
+        tokens = self._source.allowed_tokens(few) if few else None
+        if tokens is None:
             return super().compute_logits(hidden_states)
         return narrow_logits(self.logits_processor, head, tokens, hidden_states)
 

@@ -104,14 +104,14 @@ class _Study:
     def rows(self) -> list[Row]:
         """Vanilla vLLM's, then each peer's."""
         source, checkpoint = self._material.source, self._material.checkpoint
-        calibrated_at_full_depth = self._settings(self._biases_at(self._num_layers))
+        at_full_depth = self._biases_at(self._num_layers)
         with vanilla_system(checkpoint, source.model) as vanilla:
-            base = Way(vanilla, {}, calibrated_at_full_depth)
+            base = Way(vanilla, {}, self._settings(at_full_depth))
             retrieved = Peer("retrieved exits", None, self._raee, self.prompts, summarised.settings)
             theirs, ours = self._pair(base, retrieved)
             rows = self._lines("vanilla vLLM", self._num_layers, theirs, theirs)
             rows += self._lines(retrieved.name, None, ours, theirs)
-            for peer in (*self._shorter(ours), *self._whole(calibrated_at_full_depth)):
+            for peer in (*self._shorter(ours), *self._whole(at_full_depth)):
                 theirs, own = self._pair(base, peer)
                 rows += self._lines(peer.name, peer.layers, own, theirs)
         return rows
@@ -139,9 +139,9 @@ class _Study:
             ):
                 yield self._vanilla(name, layers, prompts, self._settings(own))
 
-    def _whole(self, calibrated_at_full_depth: Settings) -> Iterator[Peer]:
+    def _whole(self, at_full_depth: Biases) -> Iterator[Peer]:
         """Of all layers."""
-        biased = self._biased(self._biases_at(self._num_layers))
+        biased = self._biased(at_full_depth)
         name, full = "raee-serve at full depth", {"exit_layer": "full"}
         yield Peer(name, self._num_layers, self._raee, self.prompts, biased, full)
         every = list(range(1, self._num_layers + 1))
@@ -154,7 +154,7 @@ class _Study:
             self._num_layers,
             lambda: vanilla_system(int8, model),
             self.prompts,
-            calibrated_at_full_depth,
+            self._settings(at_full_depth),
         )
 
     def _raee(self) -> AbstractContextManager[System]:
