@@ -6,9 +6,8 @@ Upstream: `MultiGroupBlockTable.compute_slot_mapping` and `commit_block_table`;
 Checked on: vLLM 0.32.0, CPU attention.
 Why no extension point serves: segments have the same metadata but different specs, which is what
 makes them groups, and vLLM prepares a step for one group after the other; the CPU's metadata
-builder cannot swap block tables; and slots are computed by a kernel for each group, whose launch
-costs more than the work of a decode step.
-Retired by: `update_block_table` in the CPU's builder, and one computation of slots for all groups.
+builder cannot swap block tables; and slots are computed also for groups that no request reaches.
+Retired by: `update_block_table` in the CPU's builder.
 """
 
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from raee_serve_patches.seam import Seam
+from raee_serve_patches.slot_mapping import write_slots
 
 _TABLES = "vllm.v1.worker.block_table"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -28,10 +27,7 @@ _ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 SEAM = Seam(
     "segment_groups",
     {
-        f"{_TABLES}:MultiGroupBlockTable.compute_slot_mapping": "7927c57d8686",
-        f"{_TABLES}:BlockTable.compute_slot_mapping": "1090515a52c5",
         f"{_TABLES}:MultiGroupBlockTable.commit_block_table": "4cf21d03c0ac",
-        f"{_TABLES}:BlockTable.__init__": "cd2baf66a86a",
         f"{_RUNNER}._build_attention_metadata": "6015ffa2b3ec",
         f"{_RUNNER}._get_slot_mappings": "a7830268c258",
         f"{_RUNNER}.initialize_kv_cache": "95985f4cf7f6",
@@ -80,12 +76,11 @@ class OfFirstGroup:
     """
 
     def __init__(self, runner: Any, step: DeepestExit) -> None:
-        """Of one block size, and with block tables that the device shares with the host."""
+        """With block tables that the device shares with the host."""
         self._step = step
         self._config = runner.kv_cache_config  # the runner's own copy
         self._groups = self._config.kv_cache_groups
         self._tables = runner.input_batch.block_table.block_tables
-        [self._block_size] = {table.block_size for table in self._tables}
         self._get_slot_mappings = runner._get_slot_mappings
         self._build_attention_metadata = runner._build_attention_metadata
 
@@ -95,17 +90,8 @@ class OfFirstGroup:
     def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """Write the slots of a step's token rows into each reached table's `slot_mapping`.
-
-        query_start_loc: [>= num_reqs + 1] int32; positions: [>= num_rows] int64, in the text.
-        """
-        starts = query_start_loc[: num_reqs + 1].numpy()
-        requests = np.repeat(np.arange(num_reqs), np.diff(starts))
-        place, offset = np.divmod(positions[: len(requests)].numpy(), self._block_size)
-        for table in self._tables[: self._num_reached()]:
-            slots = table.slot_mapping.gpu[: len(requests)].numpy()
-            np.multiply(table.block_table.np[requests, place], self._block_size, out=slots)
-            slots += offset
+        """As `write_slots`, of the tables that the step reaches."""
+        write_slots(self._tables[: self._num_reached()], num_reqs, query_start_loc, positions)
 
     def slot_mappings(
         self, num_tokens_padded: int, num_reqs_padded: int, num_tokens_unpadded: int, **kwargs: Any

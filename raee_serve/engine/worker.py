@@ -8,6 +8,7 @@ from raee_serve.engine.kv_cache import is_split
 from raee_serve.engine.truncating_worker import TruncatingWorker
 from raee_serve_patches.seeded_chunks import undrawn_while_incomplete
 from raee_serve_patches.segment_groups import share_between_segments
+from raee_serve_patches.slot_mapping import compute_slots_on_host
 
 
 class TruncatingCPUWorker(TruncatingWorker, CPUWorker):
@@ -15,7 +16,10 @@ class TruncatingCPUWorker(TruncatingWorker, CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
-        if is_split(kv_cache_config) and not self.use_v2_model_runner:
+        if self.use_v2_model_runner:
+            return
+        compute_slots_on_host(self.model_runner)
+        if is_split(kv_cache_config):
             share_between_segments(self.model_runner, self.step)
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -4,7 +4,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from raee_serve_patches import Seam, SeamError, check_seams, depth_kv_cache, segment_groups
+from raee_serve_patches import (
+    Seam,
+    SeamError,
+    check_seams,
+    depth_kv_cache,
+    segment_groups,
+    slot_mapping,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -16,6 +23,7 @@ def test_installed_vllm_passes(model_runner):
     check_seams(model_runner)
     depth_kv_cache.SEAM.check()
     segment_groups.SEAM.check()
+    slot_mapping.SEAM.check()
 
 
 def test_changed_source_is_named():
