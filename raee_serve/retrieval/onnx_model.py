@@ -7,21 +7,20 @@ normalisation stay those of sentence-transformers.
 
 from __future__ import annotations
 
-import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 
 from raee_serve.checkpoints import cache_dir
+from raee_serve.retrieval.onnx_int8 import quantised
+from raee_serve.retrieval.onnx_runtime import session
 
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 """Part of the cache path. Raised whenever an export writes something else than before."""
 OPSET = 17
 OUTPUT = "last_hidden_state"
@@ -32,29 +31,13 @@ class OnnxTransformer(torch.nn.Module):
 
     def __init__(self, file: Path, config: Any, threads: int) -> None:
         super().__init__()
-        onnxruntime = _onnxruntime()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads  # 1: on the calling thread, wherever that is bound
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = session(str(file), threads)
         self._inputs = [node.name for node in self._session.get_inputs()]
         self.config = config
 
     def forward(self, **features: Any) -> dict[str, torch.Tensor]:
         feeds = {name: features[name].numpy() for name in self._inputs}
         return {OUTPUT: torch.from_numpy(self._session.run([OUTPUT], feeds)[0])}
-
-
-def _onnxruntime() -> Any:
-    """The package, imported when it is needed, without its telemetry: that keeps a database in the
-    user's cache, for whose lock several processes wait for minutes, and would call home."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime
-
-    return onnxruntime
 
 
 def exported(transformer: torch.nn.Module, example: dict[str, Any], key: str, int8: bool) -> Path:
@@ -72,9 +55,10 @@ def exported(transformer: torch.nn.Module, example: dict[str, Any], key: str, in
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 file = Path(scratch) / "model.onnx"
                 _export(transformer, example, file)
-                complete = _quantised(file) if int8 else file
-                complete.chmod(0o644)
-                complete.rename(target)
+                if int8:
+                    file = quantised(file, _tensors(example))
+                file.chmod(0o644)
+                file.rename(target)
     return target
 
 
@@ -96,7 +80,7 @@ class _Positional(torch.nn.Module):
 def _export(transformer: Any, example: dict[str, Any], file: Path) -> None:
     """Batch size and length stay open. Attention is traced in its plain form."""
     attention = transformer.config._attn_implementation
-    tensors = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
+    tensors = _tensors(example)
     transformer.set_attn_implementation("eager")
     try:
         with warnings.catch_warnings():  # of deprecation, and of traced checks of no consequence
@@ -115,34 +99,5 @@ def _export(transformer: Any, example: dict[str, Any], file: Path) -> None:
         transformer.set_attn_implementation(attention)
 
 
-def _quantised(file: Path) -> Path:
-    """Weights in 8 bits, but for those that make a long vector short: what they are multiplied with
-    (in a feed-forward block after the activation function) has outliers that 8 bits cannot hold."""
-    import onnx
-
-    _onnxruntime()
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    graph = onnx.load(file).graph
-    shapes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
-    shortening = [
-        node.name
-        for node in graph.node
-        if node.op_type == "MatMul" and np.greater(*shapes.get(node.input[1], (0, 0)))
-    ]
-    target = file.with_name("int8.onnx")
-    logging.disable(logging.WARNING)  # recommends an optional pass over the graph
-    try:
-        quantize_dynamic(
-            file,
-            target,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=shortening,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,  # 7 bits: AVX2 without VNNI saturates sums of products of 8
-            extra_options={"MatMulConstBOnly": True},
-        )
-    finally:
-        logging.disable(logging.NOTSET)
-    return target
+def _tensors(example: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
