@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Asker, asker
 from raee_serve.evaluation.report import TaskResult, as_json, as_table
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import Example, add_data_argument, load_examples
+from raee_serve.table.datasets import Example, add_data_argument, shuffled_examples
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
 
@@ -75,9 +74,7 @@ def run(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
 
 def shuffled_rows(task: Task, root: str | None, limit: int | None, seed: int) -> list[Example]:
     """The first `limit` rows of a seeded shuffle of the task's test split."""
-    rows = load_examples(task, "test", root)
-    random.Random(seed).shuffle(rows)
-    return rows[:limit]
+    return shuffled_examples(task, "test", root, seed)[:limit]
 
 
 async def evaluate(

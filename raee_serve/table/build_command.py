@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,16 @@ from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import Shortcuts, stored_shortcuts
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder, finish_task, plan_task
-from raee_serve.table.datasets import Example, add_data_argument, load_examples
+from raee_serve.table.datasets import Example, add_data_argument, shuffled_examples
 from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.shortcuts import DEFAULT_TOKENS, default_layers
-from raee_serve.table.shortcuts_command import add_file_argument, fit_and_store, target_file
+from raee_serve.table.shortcuts_command import (
+    add_file_argument,
+    fit_and_store,
+    fitting_examples,
+    target_file,
+)
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS, get_task
@@ -108,9 +112,10 @@ def run(args: Namespace) -> None:
         return
     probe = LayerProbe(checkpoint, DTYPES[args.dtype], maps)
     if target is not None and maps is None:
-        free_text = [(task, rows) for task, rows in work if task.kind == "free-text"]
+        free_text = [task for task, _ in work if task.kind == "free-text"]
+        texts = [(task, fitting_examples(task, args.data, args.seed)) for task in free_text]
         layers = default_layers(backbone.num_layers)
-        probe.shortcuts = fit_and_store(probe, backbone, free_text, layers, DEFAULT_TOKENS, target)
+        probe.shortcuts = fit_and_store(probe, backbone, texts, layers, DEFAULT_TOKENS, target)
     for task, examples in work:
         builder = TaskBuilder(
             task,
@@ -165,6 +170,4 @@ def _wherever(name: str) -> str:
 
 def _sample(task: Task, args: Namespace) -> list[Example]:
     """The same rows for the same seed and limit, and more of the same for a higher limit."""
-    examples = load_examples(task, "train", args.data)
-    random.Random(args.seed).shuffle(examples)
-    return examples[: args.limit]
+    return shuffled_examples(task, "train", args.data, args.seed)[: args.limit]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,15 @@ def load_examples(task: Task, split: Split, root: str | Path | None = None) -> l
         raise TaskError(f"task {task.name} has no local data set; use {HUB!r}")
     rows = _jsonl_rows(Path(root) / task.local.directory / f"{split}.jsonl")
     return list(_examples(task, task.local, rows))
+
+
+def shuffled_examples(
+    task: Task, split: Split, root: str | Path | None, seed: int
+) -> list[Example]:
+    """As `load_examples`, in an order that the seed gives: the same whenever it is asked for."""
+    examples = load_examples(task, split, root)
+    random.Random(seed).shuffle(examples)
+    return examples
 
 
 Rows = Iterable[tuple[str, Mapping[str, Any]]]

@@ -22,7 +22,10 @@ from raee_serve.table.rows import Item, length_batches
 
 DEPTHS = (0.61, 0.72, 0.83, 0.9)
 """Shares of the depth that have shortcuts by default, besides the last layer but one."""
-DEFAULT_TOKENS = 30_000
+DEFAULT_TOKENS = 100_000
+ANSWER_WEIGHT = 4.0
+"""How much the state at an answering position counts, one anywhere else counting 1: exits are taken
+at such positions alone, but texts have few of them."""
 HELD_OUT_EVERY = 4
 """One document of so many is held out, beside the tokens that are fitted on."""
 JUDGED_TOKENS = 2048
@@ -114,9 +117,10 @@ def fit_shortcuts(
     sums = {layer: _NormalEquations() for layer in layers}
     total = sum(item.length for item in [*fitted, *held_out])
     with tqdm(total=total, desc="shortcuts", unit="token", disable=not progress) as bar:
-        for states, _ in _passes(probe, fitted, every_layer, batch_tokens, bar):
+        for states, answering in _passes(probe, fitted, every_layer, batch_tokens, bar):
+            weight = torch.where(answering, ANSWER_WEIGHT, 1.0)
             for layer, equations in sums.items():
-                equations.add(states[layer], states[probe.num_layers])
+                equations.add(states[layer], states[probe.num_layers], weight)
         judge = _Judge(probe, _passes(probe, held_out, every_layer, batch_tokens, bar))
     maps, reports = {}, []
     for layer, equations in sums.items():
@@ -141,12 +145,13 @@ class _NormalEquations:
         self._squares: Tensor | None = None  # [hidden + 1, hidden + 1]
         self._products: Tensor | None = None  # [hidden + 1, hidden]
 
-    def add(self, states: Tensor, last: Tensor) -> None:
-        """[n, hidden] twice: after the layer, and after the last one."""
+    def add(self, states: Tensor, last: Tensor, weight: Tensor) -> None:
+        """[n, hidden] twice: after the layer, and after the last one; weight: [n], of each."""
         states, last = states.double(), last.double()
-        weight = last.square().mean(dim=1, keepdim=True).rsqrt()
-        inputs = torch.cat([states * weight, weight], dim=1)
-        added = (last - states) * weight
+        size = last.square().mean(dim=1)
+        scale = (weight.to(size) / size).sqrt()[:, None]
+        inputs = torch.cat([states * scale, scale], dim=1)
+        added = (last - states) * scale
         squares, products = inputs.T @ inputs, inputs.T @ added
         if self._squares is None or self._products is None:
             self._squares, self._products = squares, products

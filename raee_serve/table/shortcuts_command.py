@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from raee_serve.errors import RaeeError, TableError
 from raee_serve.fingerprint import BackboneIdentity, identify_backbone
 from raee_serve.shortcuts import Shortcuts, beside_table
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS
-from raee_serve.table.datasets import Example, add_data_argument, load_examples
+from raee_serve.table.datasets import Example, add_data_argument, shuffled_examples
 from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.rows import Item, ItemMaker
 from raee_serve.table.schema import TaskEntry
@@ -88,11 +87,8 @@ def run(args: Namespace) -> None:
     backbone = identify_backbone(checkpoint)
     layers = check_layers(args.layers or default_layers(backbone.num_layers), backbone.num_layers)
     tasks = _tasks(args, backbone)
-    examples = [load_examples(task, "train", args.data) for task in tasks]
-    for rows in examples:
-        random.Random(args.seed).shuffle(rows)
+    work = [(task, fitting_examples(task, args.data, args.seed)) for task in tasks]
     probe = LayerProbe(checkpoint, DTYPES[args.dtype])
-    work = list(zip(tasks, examples, strict=True))
     fit_and_store(probe, backbone, work, layers, args.tokens, target)
 
 
@@ -106,6 +102,12 @@ def target_file(table: str, given: str | None) -> Path:
             "--shortcuts-file FILE, here and to serve"
         )
     return target
+
+
+def fitting_examples(task: Task, data: str | None, seed: int) -> list[Example]:
+    """A task's training rows, the last first of the order in which a build takes them: what rows
+    record of an exit by shortcut is too good where the shortcut was fitted on them."""
+    return shuffled_examples(task, "train", data, seed)[::-1]
 
 
 def fit_and_store(

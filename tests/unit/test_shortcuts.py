@@ -18,17 +18,19 @@ from raee_serve.server.launch import _engine_options
 from raee_serve.server.settings import DepthSettings
 from raee_serve.shortcuts import FILE_NAME, Shortcuts, beside_table, find_shortcuts
 from raee_serve.table.build import TaskBuilder
-from raee_serve.table.datasets import Example
+from raee_serve.table.datasets import Example, shuffled_examples
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Item
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.shortcuts import (
+    ANSWER_WEIGHT,
     HELD_OUT_EVERY,
     check_layers,
     default_layers,
     fit_shortcuts,
     split_documents,
 )
+from raee_serve.table.shortcuts_command import fitting_examples
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
 from tests.tiny import random_shortcuts, tokenized_gemma3, tokenized_llama
@@ -178,7 +180,9 @@ def test_the_fit_is_ridge_regression_drawn_to_the_identity(probe, backbone):
     found, [report] = fit_shortcuts(probe, backbone, (fitted, items(2)), (2,), 100, progress=False)
     states = probe.states([[*i.prompt, *i.reference] for i in fitted], (2, NUM_LAYERS))
     x, y = states[2].double(), states[NUM_LAYERS].double()
-    weight = 1 / y.square().mean(1, keepdim=True).sqrt()
+    answering = torch.tensor([[0.0] * 19 + [1] * 20 + [0]] * len(fitted)).reshape(-1, 1)
+    counts = 1 + (ANSWER_WEIGHT - 1) * answering
+    weight = (counts / y.square().mean(1, keepdim=True)).sqrt()
     inputs, added = torch.cat([x, torch.ones(len(x), 1)], 1) * weight, (y - x) * weight
     penalty = (report.ridge * inputs.square().sum(0)).sqrt().diag()
     penalty[-1] = 0
@@ -275,6 +279,14 @@ def data(tmp_path):
     rows = [json.dumps({"document": d, "summary": "It is far."}) for d in DOCUMENTS]
     (directory / "train.jsonl").write_text("\n".join(rows))
     return str(tmp_path / "data")
+
+
+def test_what_a_build_takes_first_is_fitted_on_last(data):
+    """Rows of documents that shortcuts were fitted on say too much good of them."""
+    task = get_task("xsum")
+    taken = [example.text for example in shuffled_examples(task, "train", data, 0)]
+    fitted = [example.text for example in fitting_examples(task, data, 0)]
+    assert sorted(taken) == sorted(DOCUMENTS) and fitted == taken[::-1] != taken
 
 
 def test_fit_then_build_then_refit(checkpoint, data, tmp_path, capsys):
