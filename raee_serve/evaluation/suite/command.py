@@ -151,13 +151,12 @@ def _study(name: str, material: Material, out: Path) -> None:
             "summaries": [task.name for task in material.summaries],
         }
     kept = out / f"{name}.json"
-    if kept.is_file() and findings.from_json(kept.read_text(), settings) is not None:
+    if kept.is_file() and findings.made_with(kept.read_text(), settings):
         print(f"raee-serve: {name}: kept from before", flush=True)
         return
     found = STUDIES[name].run(material)
     (out / f"{name}.csv").write_text(findings.as_csv(found))
-    if found.picture is not None:
-        draw(found, STUDIES[name].question, out / f"{name}.png")
+    draw(found, STUDIES[name].question, out / f"{name}.png")
     kept.write_text(
         findings.as_json(name, STUDIES[name].question, settings, found)
     )  # last: then it is whole

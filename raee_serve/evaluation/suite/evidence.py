@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raee_serve.evaluation.suite.findings import Findings, Row
+from raee_serve.evaluation.suite.findings import Findings, Picture, Row
 from raee_serve.evaluation.suite.material import Material
 from raee_serve.evaluation.suite.scores import averaged, decided
 from raee_serve.table.schema import TaskRows
@@ -45,7 +45,8 @@ def run(material: Material) -> Findings:
     ]
     if left_out:
         notes.append(f"Left out, with fewer than {LEAST} rows of a kind: {', '.join(left_out)}.")
-    return Findings(rows or [{"rows": "too few of any kind"}], notes=notes)
+    picture = Picture("depth", "accuracy", "rows", ("low", "high"))
+    return Findings(rows or [{"rows": "too few of any kind"}], picture, notes)
 
 
 def _kinds(rows: TaskRows) -> list[np.ndarray]:

@@ -35,7 +35,7 @@ class Findings:
     """
 
     rows: Sequence[Row]
-    picture: Picture | None = None
+    picture: Picture
     notes: Sequence[str] = ()
     beside: Sequence[Picture] = ()
 
@@ -45,23 +45,9 @@ def as_json(study: str, question: str, settings: Mapping[str, Any], findings: Fi
     return json.dumps({**about, **asdict(findings)}, indent=1)
 
 
-def from_json(text: str, settings: Mapping[str, Any]) -> Findings | None:
-    """Findings kept earlier, `None` if they were made with other settings."""
-    kept = json.loads(text)
-    if kept["settings"] != json.loads(json.dumps(settings)):
-        return None
-    drawn = kept["picture"]
-    return Findings(
-        kept["rows"],
-        None if drawn is None else _picture(drawn),
-        kept["notes"],
-        [_picture(beside) for beside in kept.get("beside", [])],
-    )
-
-
-def _picture(fields: Mapping[str, Any]) -> Picture:
-    error = fields["error"]
-    return Picture(**{**fields, "error": tuple(error) if error else None})
+def made_with(text: str, settings: Mapping[str, Any]) -> bool:
+    """Whether findings kept as JSON are of these settings."""
+    return bool(json.loads(text)["settings"] == json.loads(json.dumps(settings)))
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from raee_serve.evaluation.baselines import Answers, baselines
-from raee_serve.evaluation.suite.findings import Findings, Row
+from raee_serve.evaluation.suite.findings import Findings, Picture, Row
 from raee_serve.evaluation.suite.finetuning import EXAMPLES, RANK, TARGETS, finetuned
 from raee_serve.evaluation.suite.material import Material
 from raee_serve.evaluation.suite.scores import averaged, decided
@@ -45,7 +45,7 @@ def run(material: Material) -> Findings:
         f"{EXAMPLES} training prompts; tables of up to {ROWS} training prompts, drawn at random, "
         f"which the fine-tuned backbone has partly been trained on; up to {PROMPTS} test prompts."
     ]
-    return Findings(rows, notes=notes)
+    return Findings(rows, Picture("depth", "accuracy", "way", ("low", "high")), notes)
 
 
 def _material(

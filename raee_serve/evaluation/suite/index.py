@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from raee_serve.errors import TableError
-from raee_serve.evaluation.suite.findings import Findings, Row
+from raee_serve.evaluation.suite.findings import Findings, Picture, Row
 from raee_serve.evaluation.suite.material import Material
 from raee_serve.evaluation.suite.scores import averaged, decided, timed
 from raee_serve.table.check_command import recall
@@ -56,7 +56,7 @@ def run(material: Material) -> Findings:
         "search; ms: search and aggregation of a prompt, 256 at once. Exact search holds all "
         "vectors in memory."
     )
-    return Findings(rows, notes=notes)
+    return Findings(rows, Picture("ms", "recall", "index"), notes)
 
 
 def _recall(material: Material, table: ExitTable) -> float:

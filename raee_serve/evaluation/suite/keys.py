@@ -11,7 +11,7 @@ from tqdm import tqdm
 from raee_serve.evaluation.baselines import Answers
 from raee_serve.evaluation.probed import ProbedTask
 from raee_serve.evaluation.suite.backbone import StudiedBackbone
-from raee_serve.evaluation.suite.findings import Findings, Row
+from raee_serve.evaluation.suite.findings import Findings, Picture, Row
 from raee_serve.evaluation.suite.material import Material
 from raee_serve.evaluation.suite.scores import averaged
 from raee_serve.retrieval.aggregate import NO_EVIDENCE, RULES, exits
@@ -84,7 +84,7 @@ def run(material: Material) -> Findings:
         f"label vote: of {VOTE_K} neighbours, classes balanced. Of unit vectors all three metrics "
         "find the same rows."
     ]
-    return Findings(lines, notes=notes)
+    return Findings(lines, Picture("depth", "accuracy", "keys", ("low", "high")), notes)
 
 
 def _first(asked: ProbedTask, n: int) -> ProbedTask:

@@ -27,7 +27,6 @@ th:first-child, td:first-child { text-align: left } img { max-width: 100%; margi
 
 def draw(found: Findings, title: str, file: Path) -> None:
     """`found.picture` and what is beside it. Raises RaeeError without matplotlib."""
-    assert found.picture is not None
     panels = [found.picture, *found.beside]
     plt = pyplot()
     size = (8 * len(panels), 5)

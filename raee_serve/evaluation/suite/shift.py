@@ -10,7 +10,7 @@ import numpy as np
 from raee_serve.errors import TaskError
 from raee_serve.evaluation.offline import answers
 from raee_serve.evaluation.probed import ProbedTask
-from raee_serve.evaluation.suite.findings import Findings, Row
+from raee_serve.evaluation.suite.findings import Findings, Picture, Row
 from raee_serve.evaluation.suite.material import Material
 from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.table.task import Task
@@ -55,7 +55,7 @@ def run(material: Material) -> Findings:
         "table's own label words; prompts that fall back are answered at full depth.",
         *missing,
     ]
-    return Findings(rows, notes=notes)
+    return Findings(rows, Picture("fall back", "accuracy", "prompts"), notes)
 
 
 def _outcome(retriever: ExitRetriever, source: Task, name: str, prompts: ProbedTask) -> Row:
