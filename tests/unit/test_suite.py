@@ -262,6 +262,17 @@ def test_pictures_stand_beside_each_other(tmp_path):
     assert widths[1] == 2 * widths[0]
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_rows_without_figures_are_not_drawn(tmp_path, joined):
+    picture = Picture("depth", "accuracy", "way", ("low", "high"), joined=joined)
+    shown = {"way": "a", "depth": 1, "accuracy": 0.5, "low": 0.4, "high": 0.6}
+    files = []
+    for hidden in ([], [{"way": "b", "depth": 0.5, "accuracy": ""}, {"way": "c"}]):
+        files.append(tmp_path / f"{len(hidden)}.png")
+        draw(Findings([shown, *hidden], picture), "What?", files[-1])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def timed(texts, seconds, exit_layer=4):
     """One prompt asked alone, the others in `seconds`."""
     answers = [Answer(text, 10, 1, exit_layer, 4, "override", "-", 0.02) for text in texts]

@@ -45,7 +45,7 @@ def run(material: Material) -> Findings:
     ]
     if left_out:
         notes.append(f"Left out, with fewer than {LEAST} rows of a kind: {', '.join(left_out)}.")
-    picture = Picture("depth", "accuracy", "rows", ("low", "high"))
+    picture = Picture("depth", "accuracy", "rows", ("low", "high"), joined=False)
     return Findings(rows or [{"rows": "too few of any kind"}], picture, notes)
 
 

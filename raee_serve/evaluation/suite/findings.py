@@ -14,10 +14,11 @@ Row = dict[str, str | float | int]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One line for each value of `series`: the rows' column `y` over their column `x`.
+    """One colour for each value of `series`: the rows' column `y` over their column `x`.
 
     error: columns of the lower and upper end of an interval around y, if there are such.
     log: whether x is drawn on a logarithmic scale.
+    joined: whether a series is a line, of rows that lead from one to the next.
     """
 
     x: str
@@ -25,6 +26,7 @@ class Picture:
     series: str
     error: tuple[str, str] | None = None
     log: bool = False
+    joined: bool = True
 
 
 @dataclass(frozen=True, slots=True)

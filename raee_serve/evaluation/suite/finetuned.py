@@ -45,7 +45,8 @@ def run(material: Material) -> Findings:
         f"{EXAMPLES} training prompts; tables of up to {ROWS} training prompts, drawn at random, "
         f"which the fine-tuned backbone has partly been trained on; up to {PROMPTS} test prompts."
     ]
-    return Findings(rows, Picture("depth", "accuracy", "way", ("low", "high")), notes)
+    picture = Picture("depth", "accuracy", "way", ("low", "high"), joined=False)
+    return Findings(rows, picture, notes)
 
 
 def _material(

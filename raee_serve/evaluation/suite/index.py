@@ -56,7 +56,7 @@ def run(material: Material) -> Findings:
         "search; ms: search and aggregation of a prompt, 256 at once. Exact search holds all "
         "vectors in memory."
     )
-    return Findings(rows, Picture("ms", "recall", "index"), notes)
+    return Findings(rows, Picture("ms", "recall", "index", joined=False), notes)
 
 
 def _recall(material: Material, table: ExitTable) -> float:

@@ -84,7 +84,8 @@ def run(material: Material) -> Findings:
         f"label vote: of {VOTE_K} neighbours, classes balanced. Of unit vectors all three metrics "
         "find the same rows."
     ]
-    return Findings(lines, Picture("depth", "accuracy", "keys", ("low", "high")), notes)
+    picture = Picture("depth", "accuracy", "keys", ("low", "high"), joined=False)
+    return Findings(lines, picture, notes)
 
 
 def _first(asked: ProbedTask, n: int) -> ProbedTask:

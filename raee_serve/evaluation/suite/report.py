@@ -39,15 +39,11 @@ def draw(found: Findings, title: str, file: Path) -> None:
 
 
 def _draw_panel(axes: Any, picture: Picture, rows: Sequence[Row]) -> None:
-    """Rows without the picture's columns are left out."""
-    rows = [row for row in rows if {picture.x, picture.y, picture.series} <= row.keys()]
+    """Rows without the picture's figures are left out."""
+    rows = [row for row in rows if all(_is_figure(row.get(c)) for c in (picture.x, picture.y))]
     for name in dict.fromkeys(row[picture.series] for row in rows):
         own = sorted((r for r in rows if r[picture.series] == name), key=lambda r: r[picture.x])
-        x = [float(row[picture.x]) for row in own]
-        axes.plot(x, [row[picture.y] for row in own], marker="o", markersize=4, label=name)
-        if picture.error is not None:
-            low, high = ([float(row[end]) for row in own] for end in picture.error)
-            axes.fill_between(x, low, high, alpha=0.12)
+        _draw_series(axes, picture, str(name), own)
     if picture.log:
         axes.set_xscale("log")
     axes.set_xlabel(picture.x)
@@ -55,6 +51,23 @@ def _draw_panel(axes: Any, picture: Picture, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.25)
     if rows:
         axes.legend(fontsize=8)
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _draw_series(axes: Any, picture: Picture, name: str, rows: Sequence[Row]) -> None:
+    x, y = ([float(row[column]) for row in rows] for column in (picture.x, picture.y))
+    style = "o-" if picture.joined else "o"
+    [drawn] = axes.plot(x, y, style, markersize=4, label=name)
+    if picture.error is None:
+        return
+    low, high = ([float(row[end]) for row in rows] for end in picture.error)
+    if picture.joined:
+        axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.12)
+    else:
+        axes.vlines(x, low, high, color=drawn.get_color(), alpha=0.4)
 
 
 def write_report(out: Path, studies: Mapping[str, Any]) -> Path:
