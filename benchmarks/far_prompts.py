@@ -13,7 +13,7 @@ from collections.abc import Callable
 from raee_serve.records import Reason
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.shortcuts import stored_shortcuts
-from raee_serve.table.datasets import DEFAULT_ROOT, load_examples
+from raee_serve.table.datasets import DEFAULT_ROOT, shuffled_examples
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
 
@@ -25,8 +25,7 @@ CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
 
 def texts_of(name: str, split: str, root: str, limit: int) -> list[str]:
     """The first rows of a seeded shuffle."""
-    rows = load_examples(get_task(name), "test" if split == "test" else "train", root)
-    random.Random(0).shuffle(rows)
+    rows = shuffled_examples(get_task(name), "test" if split == "test" else "train", root, seed=0)
     return [row.text for row in rows[:limit]]
 
 

@@ -17,7 +17,7 @@ from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import label_counts, log_votes
 from raee_serve.retrieval.resources import BATCH_SIZE
 from raee_serve.retrieval.search import InMemorySearch, Neighbours
-from raee_serve.table.datasets import load_examples
+from raee_serve.table.datasets import shuffled_examples
 from raee_serve.table.tasks import get_task
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -58,8 +58,7 @@ Examples = tuple[list[str], NDArray[np.int32], list[str], NDArray[np.int32]]
 def _examples(name: str, root: str) -> Examples:
     parts: list[Any] = []
     for split, limit in (("train", TABLE_ROWS), ("test", TEST_ROWS)):
-        rows = load_examples(get_task(name), split, root)
-        random.Random(0).shuffle(rows)
+        rows = shuffled_examples(get_task(name), split, root, seed=0)
         parts += [
             [r.text for r in rows[:limit]],
             np.array([r.gold for r in rows[:limit]], np.int32),

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from benchmarks.statistics import paired_ratio
 from benchmarks.tables import build_table
 from raee_serve.evaluation.asking import Asker, asker
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import load_examples
+from raee_serve.table.datasets import shuffled_examples
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
 
@@ -76,8 +75,7 @@ async def _ask(
 
 def _prompts(task: Task, args: argparse.Namespace) -> list[str]:
     """Different prompts for all rounds; of a small task each several times, with a number added."""
-    found = [e.text for e in load_examples(task, "test", args.data)]
-    random.Random(0).shuffle(found)
+    found = [e.text for e in shuffled_examples(task, "test", args.data, seed=0)]
     wanted = (args.rounds + 1) * TURN
     return [found[i % len(found)] + f" {i}" * (i >= len(found)) for i in range(wanted)]
 

@@ -1,10 +1,9 @@
 """What servers are asked under load: one label, or a summary."""
 
-import random
 from dataclasses import dataclass
 
 from raee_serve.errors import TaskError
-from raee_serve.table.datasets import load_examples
+from raee_serve.table.datasets import shuffled_examples
 from raee_serve.table.task import Task
 
 
@@ -51,9 +50,7 @@ class Texts:
         """max_words: longer documents are cut to their beginning; label tasks' texts are not."""
         self._tasks = shape.tasks
         self._max_words = max_words
-        self._rows = [load_examples(task, "test", root) for task in shape.tasks]
-        for rows in self._rows:
-            random.Random(0).shuffle(rows)
+        self._rows = [shuffled_examples(task, "test", root, seed=0) for task in shape.tasks]
         self._next = 0
 
     def take(self, count: int) -> list[Asked]:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from raee_serve_patches.seam import Seam
+from raee_serve_patches.slot_mapping import SEAM as SLOTS
 from raee_serve_patches.slot_mapping import write_slots
 
 _TABLES = "vllm.v1.worker.block_table"
@@ -51,6 +52,7 @@ def share_between_segments(runner: Any, step: DeepestExit) -> None:
     Raises `SeamError` where vLLM is another than it was written for.
     """
     SEAM.check()
+    SLOTS.check()
     for attn_groups in runner.attn_groups:
         for group in attn_groups:
             builder = group.get_metadata_builder()
@@ -76,11 +78,12 @@ class OfFirstGroup:
     """
 
     def __init__(self, runner: Any, step: DeepestExit) -> None:
-        """With block tables that the device shares with the host."""
+        """Of one block size, and with block tables that the device shares with the host."""
         self._step = step
         self._config = runner.kv_cache_config  # the runner's own copy
         self._groups = self._config.kv_cache_groups
         self._tables = runner.input_batch.block_table.block_tables
+        assert len({table.block_size for table in self._tables}) == 1, "segments differ in blocks"
         self._get_slot_mappings = runner._get_slot_mappings
         self._build_attention_metadata = runner._build_attention_metadata
 

@@ -49,8 +49,9 @@ def write_slots(
     starts = query_start_loc[: num_reqs + 1].numpy()
     requests = np.repeat(np.arange(num_reqs), np.diff(starts))
     places = positions[: len(requests)].numpy()
+    within = {size: np.divmod(places, size) for size in {table.block_size for table in tables}}
     for table in tables:
-        block, offset = np.divmod(places, table.block_size)
+        block, offset = within[table.block_size]
         slots = table.slot_mapping.gpu[: len(requests)].numpy()
         np.multiply(table.block_table.np[requests, block], table.block_size, out=slots)
         slots += offset

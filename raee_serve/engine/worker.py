@@ -18,9 +18,10 @@ class TruncatingCPUWorker(TruncatingWorker, CPUWorker):
         super().initialize_from_config(kv_cache_config)
         if self.use_v2_model_runner:
             return
-        compute_slots_on_host(self.model_runner)
         if is_split(kv_cache_config):
             share_between_segments(self.model_runner, self.step)
+        else:
+            compute_slots_on_host(self.model_runner)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.use_v2_model_runner:

@@ -103,8 +103,7 @@ def _take_apart(graph: Any, node: Any, weight: NDArray[Any], largest: NDArray[np
         helper.make_node("MatMul", [step["few"], names["weight"]], [step["exact"]], step["exact"]),
         helper.make_node("Add", [step["most"], step["exact"]], [short], f"{node.name}/sum"),
     ]
-    for new in reversed(before):
-        graph.node.insert(place, new)
-    for new in reversed(after):
-        graph.node.insert(place + len(before) + 1, new)
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes[:place], *before, node, *after, *nodes[place + 1 :]])
     return step["exact"]

@@ -18,12 +18,7 @@ from raee_serve.table.datasets import Example, add_data_argument, shuffled_examp
 from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.shortcuts import DEFAULT_TOKENS, default_layers
-from raee_serve.table.shortcuts_command import (
-    add_file_argument,
-    fit_and_store,
-    fitting_examples,
-    target_file,
-)
+from raee_serve.table.shortcuts_command import add_file_argument, fit_and_store, target_file
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS, get_task
@@ -89,7 +84,10 @@ def run(args: Namespace) -> None:
     if args.batch_size < 1:
         raise RaeeError(f"--batch-size {args.batch_size} is not allowed, it must be at least 1")
     # Everything cheap that can fail comes before the backbone is loaded.
-    work = [(task, _sample(task, args)) for task in map(get_task, dict.fromkeys(args.task))]
+    tasks = [get_task(name) for name in dict.fromkeys(args.task)]
+    # The same rows for the same seed and limit, and more of the same for a higher limit.
+    texts = [(task, shuffled_examples(task, "train", args.data, args.seed)) for task in tasks]
+    work = [(task, rows[: args.limit]) for task, rows in texts]
     if args.shortcuts and not any(task.kind == "free-text" for task, _ in work):
         raise RaeeError("--shortcuts needs a free-text task among those that are built")
     if args.shortcuts and args.ray:
@@ -112,10 +110,9 @@ def run(args: Namespace) -> None:
         return
     probe = LayerProbe(checkpoint, DTYPES[args.dtype], maps)
     if target is not None and maps is None:
-        free_text = [task for task, _ in work if task.kind == "free-text"]
-        texts = [(task, fitting_examples(task, args.data, args.seed)) for task in free_text]
+        free_text = [(task, rows) for task, rows in texts if task.kind == "free-text"]
         layers = default_layers(backbone.num_layers)
-        probe.shortcuts = fit_and_store(probe, backbone, texts, layers, DEFAULT_TOKENS, target)
+        probe.shortcuts = fit_and_store(probe, backbone, free_text, layers, DEFAULT_TOKENS, target)
     for task, examples in work:
         builder = TaskBuilder(
             task,
@@ -166,8 +163,3 @@ def _run_over_cluster(
 def _wherever(name: str) -> str:
     """A directory by its full path, for processes that run in another one; else as it is."""
     return str(Path(name).absolute()) if Path(name).is_dir() else name
-
-
-def _sample(task: Task, args: Namespace) -> list[Example]:
-    """The same rows for the same seed and limit, and more of the same for a higher limit."""
-    return shuffled_examples(task, "train", args.data, args.seed)[: args.limit]

@@ -87,7 +87,7 @@ def run(args: Namespace) -> None:
     backbone = identify_backbone(checkpoint)
     layers = check_layers(args.layers or default_layers(backbone.num_layers), backbone.num_layers)
     tasks = _tasks(args, backbone)
-    work = [(task, fitting_examples(task, args.data, args.seed)) for task in tasks]
+    work = [(task, shuffled_examples(task, "train", args.data, args.seed)) for task in tasks]
     probe = LayerProbe(checkpoint, DTYPES[args.dtype])
     fit_and_store(probe, backbone, work, layers, args.tokens, target)
 
@@ -104,12 +104,6 @@ def target_file(table: str, given: str | None) -> Path:
     return target
 
 
-def fitting_examples(task: Task, data: str | None, seed: int) -> list[Example]:
-    """A task's training rows, the last first of the order in which a build takes them: what rows
-    record of an exit by shortcut is too good where the shortcut was fitted on them."""
-    return shuffled_examples(task, "train", data, seed)[::-1]
-
-
 def fit_and_store(
     probe: LayerProbe,
     backbone: BackboneIdentity,
@@ -118,7 +112,10 @@ def fit_and_store(
     max_tokens: int,
     target: Path,
 ) -> Shortcuts:
-    """Fitted on the texts, evenly of all tasks; says what each is worth. Raises RaeeError."""
+    """Fitted on the texts, evenly of all tasks; says what each is worth. Raises RaeeError.
+
+    work: all of a task's training rows, in the order in which a build takes them.
+    """
     fitted: list[Item] = []
     held_out: list[Item] = []
     for task, examples in work:
@@ -138,8 +135,10 @@ def fit_and_store(
 
 
 def _items(task: Task, examples: Sequence[Example], probe: LayerProbe) -> Iterator[Item]:
+    """What to fit on, the last first: what rows record of an exit by shortcut is too good where
+    the shortcut was fitted on them."""
     maker = ItemMaker(task, probe)
-    return (maker.item(example) for example in examples)
+    return (maker.item(example) for example in reversed(examples))
 
 
 def _tasks(args: Namespace, backbone: BackboneIdentity) -> list[Task]:

@@ -30,7 +30,7 @@ from raee_serve.table.shortcuts import (
     fit_shortcuts,
     split_documents,
 )
-from raee_serve.table.shortcuts_command import fitting_examples
+from raee_serve.table.shortcuts_command import _items
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
 from tests.tiny import random_shortcuts, tokenized_gemma3, tokenized_llama
@@ -281,11 +281,12 @@ def data(tmp_path):
     return str(tmp_path / "data")
 
 
-def test_what_a_build_takes_first_is_fitted_on_last(data):
+def test_what_a_build_takes_first_is_fitted_on_last(data, probe):
     """Rows of documents that shortcuts were fitted on say too much good of them."""
     task = get_task("xsum")
-    taken = [example.text for example in shuffled_examples(task, "train", data, 0)]
-    fitted = [example.text for example in fitting_examples(task, data, 0)]
+    rows = shuffled_examples(task, "train", data, 0)
+    taken = [example.text for example in rows]
+    fitted = [item.example.text for item in _items(task, rows, probe)]
     assert sorted(taken) == sorted(DOCUMENTS) and fitted == taken[::-1] != taken
 
 
