@@ -1,4 +1,4 @@
-"""Draw what `benchmarks.throughput --json` printed: throughput against mean depth."""
+"""What `benchmarks.throughput --json` printed: a table of all, and a picture of one workload."""
 
 import argparse
 import copy
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from raee_serve.evaluation.report import markdown_table
 from raee_serve.retrieval.drawing import pyplot
 
 INK, OURS, IDEAL, VANILLA = "#222222", "#0b6e4f", "#c77d0a", "#6b6b6b"
@@ -54,6 +55,29 @@ def bars(ratios: list[dict[str, float]]) -> list[list[float]]:
     ]
 
 
+def as_markdown(result: dict[str, Any]) -> str:
+    """A row for each depth and mix; for each workload the throughput as a multiple of vanilla's,
+    and its share of the ideal with a 95% interval (at full depth vanilla is the ideal)."""
+    n, names = result["num_layers"], list(result["full_depth_ratio"] | result["mixed"])
+    depths = sorted({int(d) for found in result["uniform"].values() for d in found})
+    lines = {f"{depth} of {n} layers": ("uniform", str(depth)) for depth in depths}
+    lines |= {mix: ("mixed", mix) for found in result["mixed"].values() for mix in found}
+    rows = [
+        ["full depth", *(_cell({"efficiency": result["full_depth_ratio"].get(w)}) for w in names)]
+    ]
+    for line, (kind, key) in lines.items():
+        rows.append([line, *(_cell(result[kind].get(w, {}).get(key, {})) for w in names)])
+    return markdown_table([result["model"], *names], rows)
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    ideal = figures.get("efficiency")
+    if ideal is None:
+        return ""
+    share = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**ideal)
+    return f"{figures['speedup']['median']:.2f}; {share}" if "speedup" in figures else share
+
+
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Runs of one model on one machine as one; of what several measured, the last counts.
 
@@ -81,7 +105,9 @@ def main() -> None:
     parser.add_argument("--png", type=Path, required=True)
     args = parser.parse_args()
     results = [json.loads(output.read_text().splitlines()[-1]) for output in args.outputs]
-    draw(together(results), args.workload, args.png)
+    result = together(results)
+    print(as_markdown(result))
+    draw(result, args.workload, args.png)
 
 
 if __name__ == "__main__":
