@@ -51,7 +51,7 @@ COMMANDS = (
     ),
     Command(
         "calibrate",
-        "raee_serve.retrieval.calibrate_command",
+        "raee_serve.evaluation.calibrate_command",
         "choose a task's rule and settings from the table's own rows",
     ),
     Command(

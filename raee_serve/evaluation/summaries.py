@@ -141,10 +141,12 @@ def shortened_rows(
     task: Task, root: str | None, limit: int | None, seed: int, words: int = WORDS
 ) -> list[Example]:
     """As `shuffled_rows`, the documents cut to their first `words`."""
-    return [
-        Example(" ".join(row.text.split()[:words]), row.gold)
-        for row in shuffled_rows(task, root, limit, seed)
-    ]
+    return shortened(shuffled_rows(task, root, limit, seed), words)
+
+
+def shortened(rows: Sequence[Example], words: int = WORDS) -> list[Example]:
+    """The documents cut to their first `words`."""
+    return [Example(" ".join(row.text.split()[:words]), row.gold) for row in rows]
 
 
 def answer_settings(task: Task, max_tokens: int) -> dict[str, Any]:

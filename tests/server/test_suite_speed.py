@@ -1,5 +1,6 @@
 """What `paper` and `peers` measure on servers. One vanilla server stands for all peers: not their
-speed is tested, but that they are asked the right thing and that their answers are scored."""
+speed is tested, but that they are asked the right thing and that their answers are scored. The same
+server answers for `calibrate --generate`."""
 
 from contextlib import nullcontext
 
@@ -8,12 +9,15 @@ import pytest
 
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cli import main
+from raee_serve.evaluation.generated import QUALITIES
+from raee_serve.evaluation.server_process import awake
 from raee_serve.evaluation.suite import paper, peer_speed
 from raee_serve.evaluation.suite.dropping import LayerDropping
 from raee_serve.evaluation.suite.material import Material, Source
 from raee_serve.evaluation.suite.serving import raee_system, vanilla_system
 from raee_serve.evaluation.summaries import BUDGETS
-from raee_serve.retrieval.aggregate import RULES
+from raee_serve.retrieval.aggregate import QUALITY, RULES
+from raee_serve.table.store import ExitTable
 from tests.server.conftest import MODEL
 
 pytestmark = pytest.mark.server
@@ -106,3 +110,18 @@ def test_peers_are_asked_the_same_prompts(ours, vanilla, material, monkeypatch):
     whole, *peers, drafts, int8 = started
     assert whole == (material.checkpoint.name,) and drafts[1] == "--speculative-config"
     assert peers == shorter and int8 == ("int8",) and notes
+
+
+def test_a_budget_is_chosen_by_answers(ours, table, capsys):
+    """Last, for what it stores changes the table."""
+    command = ["calibrate", "--table", table, "--task", "demo_summary", "--budget", "depth<=1"]
+    command += ["--generate", str(DOCUMENTS), "--model", MODEL, "--base-url", ours.url]
+    with awake(ours.process):
+        assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert f"{DOCUMENTS} documents that the table lacks" in printed
+    settings = [line.split() for line in printed.splitlines() if "quality, k 24" in line]
+    depths, kept = zip(*((float(line[0]), float(line[1])) for line in settings[:-1]), strict=True)
+    assert list(depths) == sorted(depths) and list(kept) == sorted(kept)
+    choice = ExitTable.open(table).metadata.choices["demo_summary"]
+    assert choice.rule == QUALITY and choice.quality in QUALITIES

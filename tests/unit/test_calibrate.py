@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from raee_serve.cli import main
-from raee_serve.errors import RaeeError
+from raee_serve.errors import RaeeError, TaskError
+from raee_serve.evaluation.calibrate_command import Budget
+from raee_serve.evaluation.generated import unseen_documents
+from raee_serve.evaluation.summaries import SEED, shortened
 from raee_serve.retrieval.aggregate import RULES, decide
-from raee_serve.retrieval.calibrate_command import Budget
 from raee_serve.retrieval.leave_one_out import LeaveOneOut, Outcome, frontier
+from raee_serve.table.datasets import shuffled_examples
 from raee_serve.table.evidence import label_evidence
-from raee_serve.table.schema import RuleChoice
+from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows, row_id
 from raee_serve.table.store import ExitTable
+from raee_serve.table.tasks import get_task
 from tests.unit.table_rows import entry, label_rows, metadata, unit_vectors
 
 pytestmark = pytest.mark.unit
@@ -118,6 +122,33 @@ def test_the_command_stores_its_choice(uri, tmp_path, capsys):
     assert "label vote of 32 neighbours" in printed and "best fixed layer (3)" in printed
     assert f"stored {choice.rule}, k {choice.k}" in printed
     assert png.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--generate", "8"], "--generate 8 needs .* --model"),
+        (["--generate", "0", "--model", "m"], "--generate 0 needs at least 1 document"),
+        (["--generate", "8", "--model", "m"], "for free text, and sst2 has label words"),
+    ],
+)
+def test_answers_are_asked_for_only_where_they_can_be(uri, flags, message, capsys):
+    command = ["calibrate", "--table", uri, "--task", "sst2", "--budget", "depth<=0.8"]
+    assert main([*command, *flags]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_answers_are_to_documents_that_the_table_lacks(tmp_path):
+    task = get_task("demo_summary")
+    known, *unseen = shuffled_examples(task, "train", None, SEED)
+    table = ExitTable.open_or_create(str(tmp_path / "table"), metadata())
+    table.put_task(TaskEntry.of(task, (), (2, 4)))
+    found = np.full((1, 2), 0.5, np.float32)
+    ids = [row_id(task.name, known.text, known.gold)]
+    table.add(task.name, TaskRows(ids, unit_vectors(1), None, None, found, found, found))
+    assert unseen_documents(table, task, None, 3) == shortened(unseen[:3])
+    with pytest.raises(TaskError, match=f"has {len(unseen)} training documents that .* lacks"):
+        unseen_documents(table, task, None, len(unseen) + 1)
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,16 @@ from raee_serve.retrieval.leave_one_out import (
     frontier,
 )
 from raee_serve.retrieval.left_out import left_out
+from raee_serve.table.datasets import add_data_argument
 from raee_serve.table.schema import RuleChoice, TaskEntry
 from raee_serve.table.store import ExitTable
+from raee_serve.table.tasks import get_task
 
 DESCRIPTION = """Ask every row of a task as if the table did not hold it, under every rule and many
 settings; print the accuracy-depth frontier, and store the settings that fit the budget in the
 table, for servers that are started with it and not told otherwise. No test data is read. Of free
-text the accuracy is the share of full depth's quality that is kept, as the table's rows tell it."""
+text the accuracy is the share of full depth's quality that is kept, as the table's rows tell it, or
+with --generate as answers of the backbone show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,23 @@ class Budget:
         return f"{self.measure} {'<=' if self.measure == 'depth' else '>='} {self.bound:g}"
 
 
+Line = tuple[float, float, str]
+"""Depth as a share of full depth, accuracy (or quality), and of what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """on: what the settings were tried on; measure: what `accuracy` is of the outcomes.
+
+    baselines: what needs no exit decision, where it was tried too.
+    """
+
+    on: str
+    measure: str
+    outcomes: Sequence[Outcome]
+    baselines: Sequence[Line] = ()
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--table", required=True, metavar="DIR")
@@ -100,6 +120,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="'accuracy>=X' ('quality>=X' for free text), or 'depth<=Y' as a share of full depth",
     )
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw the frontier of one task")
+    parser.add_argument(
+        "--generate",
+        metavar="N",
+        type=int,
+        help="of free text: have a server of --model answer N training documents that the table "
+        "lacks, under several budgets, and choose by the ROUGE-L that is kept of full depth's",
+    )
+    parser.add_argument("--model", help="the table's backbone, for --generate")
+    parser.add_argument(
+        "--base-url", metavar="URL", help="a running raee-serve that answers for --generate"
+    )
+    add_data_argument(parser)
 
 
 def run(args: Namespace) -> None:
@@ -107,10 +139,15 @@ def run(args: Namespace) -> None:
     budget = Budget.parse(args.budget)
     if args.png is not None and len(args.task) > 1:
         raise RaeeError(f"--png draws one task, but {len(args.task)} are given")
+    if args.generate is not None and (args.generate < 1 or not args.model):
+        raise RaeeError(f"--generate {args.generate} needs at least 1 document, and --model")
     table = ExitTable.open(args.table)
     for name in args.task:
-        budget.check(_entry(table, name))
-    chosen = {name: _calibrate(table, name, budget, args.png) for name in args.task}
+        entry = _entry(table, name)
+        budget.check(entry)
+        if args.generate is not None and entry.kind == "labels":
+            raise TaskError(f"--generate is for free text, and {name} has label words")
+    chosen = {name: _calibrate(table, name, budget, args) for name in args.task}
     for name, choice in chosen.items():
         table.put_choice(name, choice)
         print(f"raee-serve: {name}: stored {describe(choice)} in {args.table}")
@@ -125,24 +162,44 @@ def describe(choice: RuleChoice) -> str:
     return text + (f", vote weight {choice.vote_weight:g}" if choice.rule == "fused" else "")
 
 
-def _calibrate(table: ExitTable, name: str, budget: Budget, png: Path | None) -> RuleChoice:
-    rows = _rows(table, name)
-    outcomes = list(tqdm(rows.every_outcome(), desc=f"calibrating {name}", unit=" settings"))
-    best = frontier(outcomes)
-    measure = "accuracy" if isinstance(rows, LeaveOneOut) else "quality"
-    print(f"{name}: {rows.num_rows} rows, each left out in turn")
-    print(f"  {'depth':>6} {measure:>9}")
-    for depth, accuracy, what in [*_baselines(rows), *map(_line, best)]:
+def _calibrate(table: ExitTable, name: str, budget: Budget, args: Namespace) -> RuleChoice:
+    tried = _left_out(table, name) if args.generate is None else _generated(table, name, args)
+    best = frontier(tried.outcomes)
+    print(f"{name}: {tried.on}")
+    print(f"  {'depth':>6} {tried.measure:>9}")
+    for depth, accuracy, what in [*tried.baselines, *map(_line, best)]:
         print(f"  {depth:6.3f} {accuracy:9.3f}  {what}")
-    chosen = budget.choose(outcomes)
-    print(f"  chosen for {budget}: {measure} {chosen.accuracy:.3f} at depth {chosen.depth:.3f}")
-    if png is not None:
-        _draw(name, rows, best, chosen, png)
+    chosen = budget.choose(tried.outcomes)
+    print(
+        f"  chosen for {budget}: {tried.measure} {chosen.accuracy:.3f} at depth {chosen.depth:.3f}"
+    )
+    if args.png is not None:
+        _draw(name, tried, best, chosen, args.png)
     return chosen.choice
 
 
-def _baselines(rows: LeaveOneOut | FreeTextLeaveOneOut) -> list[tuple[float, float, str]]:
-    """(depth, accuracy, name) of what needs no exit decision."""
+def _left_out(table: ExitTable, name: str) -> Tried:
+    rows = _rows(table, name)
+    progress = tqdm(rows.every_outcome(), desc=f"calibrating {name}", unit=" settings")
+    return Tried(
+        f"{rows.num_rows} rows, each left out in turn",
+        "accuracy" if isinstance(rows, LeaveOneOut) else "quality",
+        list(progress),
+        _baselines(rows),
+    )
+
+
+def _generated(table: ExitTable, name: str, args: Namespace) -> Tried:
+    from raee_serve.evaluation.generated import generated_outcomes, unseen_documents
+
+    task = get_task(name)
+    examples = unseen_documents(table, task, args.data, args.generate)
+    outcomes = generated_outcomes(args.model, table, task, examples, args.base_url)
+    return Tried(f"{len(examples)} documents that the table lacks", "ROUGE-L", outcomes)
+
+
+def _baselines(rows: LeaveOneOut | FreeTextLeaveOneOut) -> list[Line]:
+    """What needs no exit decision."""
     if isinstance(rows, FreeTextLeaveOneOut):
         return list(rows.fixed_exits())
     layer, accuracy = rows.best_layer()
@@ -154,7 +211,7 @@ def _baselines(rows: LeaveOneOut | FreeTextLeaveOneOut) -> list[tuple[float, flo
     ]
 
 
-def _line(outcome: Outcome) -> tuple[float, float, str]:
+def _line(outcome: Outcome) -> Line:
     return outcome.depth, outcome.accuracy, describe(outcome.choice)
 
 
@@ -173,21 +230,14 @@ def _rows(table: ExitTable, name: str) -> LeaveOneOut | FreeTextLeaveOneOut:
     return left_out(rows, entry, table.metadata.backbone.num_layers)
 
 
-def _draw(
-    name: str,
-    rows: LeaveOneOut | FreeTextLeaveOneOut,
-    best: Sequence[Outcome],
-    chosen: Outcome,
-    target: Path,
-) -> None:
+def _draw(name: str, tried: Tried, best: Sequence[Outcome], chosen: Outcome, target: Path) -> None:
     """The frontier, the choice, and what needs no retrieval beside them."""
     figure, axes = pyplot().subplots(figsize=(6, 4), dpi=150)
     axes.step([o.depth for o in best], [o.accuracy for o in best], where="post", label="frontier")
     axes.plot([chosen.depth], [chosen.accuracy], "o", label=f"chosen: {describe(chosen.choice)}")
-    for (depth, accuracy, what), marker in zip(_baselines(rows), cycle("s^x+"), strict=False):
+    for (depth, accuracy, what), marker in zip(tried.baselines, cycle("s^x+"), strict=False):
         axes.plot([depth], [accuracy], marker, label=what)
-    measure = "accuracy" if isinstance(rows, LeaveOneOut) else "quality"
-    axes.set(xlabel="mean depth / full depth", ylabel=f"leave-one-out {measure}", title=name)
+    axes.set(xlabel="mean depth / full depth", ylabel=f"{tried.measure} on {tried.on}", title=name)
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(target)
