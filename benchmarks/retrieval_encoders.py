@@ -1,8 +1,11 @@
-"""Back ends of the encoder, and static embeddings made of it: how fast, and how good."""
+"""Back ends of the encoder, the encoder cut to its first layers, and static embeddings made of it:
+how fast, and how good."""
 
 import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from benchmarks.prompt_rows import SOURCES
 from raee_serve.checkpoints import resolve_encoder
 from raee_serve.errors import TaskError
+from raee_serve.retrieval.cut_encoder import cut_encoder
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.heads import label_counts, log_votes
 from raee_serve.retrieval.resources import BATCH_SIZE
@@ -25,21 +29,26 @@ Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 TABLE_ROWS, TEST_ROWS = 2000, 500
 VOTE_K, RECALL_K = 32, 12
 STATIC_DIMENSION = 256
+CUT_TO = (1, 2, 3, 4, 5)
+"""Of the encoder's 6 layers."""
 
 
 def compare_encoders(root: str) -> dict[str, dict[str, float]]:
-    """By name of the encoder; tables are built with torch, but for static embeddings."""
+    """By name of the encoder. Tables are built with torch; those for cut encoders and for static
+    embeddings, which have vectors of their own, with the same."""
     try:
         tasks = {name: _examples(name, root) for name in SOURCES}
     except TaskError as e:
         print(f"encoders: left out, for want of data ({e})")
         return {}
     encoders: dict[str, Encode] = {n: Encoder("minilm", backend=n).encode for n in BATCH_SIZE}
-    encoders["static"] = _static(Encoder("minilm"))
+    own = _cut([text for rows in tasks.values() for text in rows[0]])
+    own["static"] = _static(Encoder("minilm"))
+    encoders |= own
     result: dict[str, dict[str, float]] = {name: {} for name in encoders}
     for name, encode in encoders.items():
         result[name] |= _speed(encode, [text for test in tasks.values() for text in test[2]])
-    for measure, by_name in _quality(encoders, tasks).items():
+    for measure, by_name in _quality(encoders, tasks, own.keys()).items():
         for name, value in by_name.items():
             result[name][measure] = value
     print(f"{'encoder':10} one prompt, ms   32, prompts/s   recall@12   label vote")
@@ -86,15 +95,16 @@ def _speed(encode: Encode, texts: Sequence[str]) -> dict[str, float]:
 
 
 def _quality(
-    encoders: dict[str, Encode], tasks: dict[str, Examples]
+    encoders: dict[str, Encode], tasks: dict[str, Examples], own: Collection[str]
 ) -> dict[str, dict[str, float]]:
+    """own: names of encoders with vectors of their own."""
     recalls: dict[str, list[float]] = {name: [] for name in encoders}
     votes: dict[str, list[float]] = {name: [] for name in encoders}
     for table_texts, labels, test_texts, golds in tasks.values():
         table = encoders["torch"](table_texts)
         expected = _search(table, encoders["torch"](test_texts))
         for name, encode in encoders.items():
-            rows = encode(table_texts) if name == "static" else table
+            rows = encode(table_texts) if name in own else table
             found = _search(rows, encode(test_texts))
             votes[name].append(_vote_accuracy(found, labels, golds))
             recalls[name].append(_recall(found, expected))
@@ -121,6 +131,17 @@ def _vote_accuracy(
     rows = np.stack([f.rows for f in found])
     similarities = 1 - np.stack([f.distances for f in found]).astype(np.float64)
     return float((log_votes(similarities, labels[rows], counts).argmax(axis=1) == golds).mean())
+
+
+def _cut(texts: Sequence[str]) -> dict[str, Encode]:
+    """Encoders of fewer layers in 8 bits, fitted on the texts of the tables."""
+    encoders: dict[str, Encode] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for layers in CUT_TO:
+            target = Path(scratch) / str(layers)
+            print(cut_encoder("minilm", layers, texts, target))
+            encoders[f"{layers} layers"] = Encoder(str(target), backend="onnx-int8").encode
+    return encoders
 
 
 def _static(encoder: Encoder) -> Encode:

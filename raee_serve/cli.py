@@ -31,6 +31,11 @@ COMMANDS = (
         "raee_serve.table.shortcuts_command",
         "fit exit shortcuts, which let free text exit earlier",
     ),
+    Command(
+        "encoder cut",
+        "raee_serve.retrieval.cut_encoder_command",
+        "cut an encoder to its first layers, for cheaper look-ups",
+    ),
     Command("table info", "raee_serve.table.info_command", "show what an exit table holds"),
     Command("table history", "raee_serve.table.history_command", "list an exit table's versions"),
     Command("table rollback", "raee_serve.table.rollback_command", "return to an old version"),
@@ -40,6 +45,11 @@ COMMANDS = (
         "table compact",
         "raee_serve.table.compact_command",
         "merge an exit table's small files and drop versions long superseded",
+    ),
+    Command(
+        "table reencode",
+        "raee_serve.table.reencode_command",
+        "write a table of the same rows under another encoder's vectors",
     ),
     Command("table index", "raee_serve.table.index_command", "index a large table's vectors"),
     Command("table check", "raee_serve.table.check_command", "check a table's rows and its index"),

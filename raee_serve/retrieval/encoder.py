@@ -1,4 +1,4 @@
-"""Embeds key texts. The only module that imports sentence_transformers."""
+"""Embeds key texts, with sentence-transformers."""
 
 from __future__ import annotations
 
@@ -41,11 +41,7 @@ class Encoder:
         one whose packages are missing, BindingError for one whose vectors differ from torch's."""
         if backend not in BATCH_SIZE:
             raise RaeeError(f"encoder back end {backend!r}; allowed: {', '.join(BATCH_SIZE)}")
-        path = resolve_encoder(name)
-        try:
-            self._model = SentenceTransformer(path, device="cpu")
-        except (OSError, ValueError, KeyError) as e:
-            raise CheckpointError(f"cannot load encoder {name!r} from {path}: {e}") from e
+        self._model = load_model(name)
         dimension = self._model.get_embedding_dimension()
         if dimension is None:
             raise CheckpointError(f"encoder {name!r} does not state the dimension of its vectors")
@@ -120,6 +116,15 @@ class Encoder:
                 f"to those of 'torch', with which tables are built, is {similarity:.3f}; at least "
                 f"{MIN_SIMILARITY} is needed; use 'torch'"
             )
+
+
+def load_model(name: str) -> SentenceTransformer:
+    """Encoder `name` as `resolve_encoder` takes it. Raises CheckpointError if it cannot be."""
+    path = resolve_encoder(name)
+    try:
+        return SentenceTransformer(path, device="cpu")
+    except (OSError, ValueError, KeyError) as e:
+        raise CheckpointError(f"cannot load encoder {name!r} from {path}: {e}") from e
 
 
 @contextmanager

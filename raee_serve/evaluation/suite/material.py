@@ -17,8 +17,9 @@ from raee_serve.evaluation.run import shuffled_rows
 from raee_serve.fingerprint import BackboneIdentity, identify_backbone
 from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.shortcuts import stored_shortcuts
-from raee_serve.table.datasets import Example, load_examples
-from raee_serve.table.schema import TableMetadata, TaskRows, row_id
+from raee_serve.table.datasets import Example
+from raee_serve.table.key_texts import key_texts
+from raee_serve.table.schema import TableMetadata, TaskRows
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
@@ -102,16 +103,8 @@ class Material:
         return rows.at(np.sort(order[:most]))
 
     def texts(self, task: Task, rows: TaskRows) -> list[str]:
-        """Of rows of the table, found again by their ids. Raises TaskError unless the data holds
-        all of them."""
-        examples = load_examples(task, "train", self.source.data)
-        by_id = {row_id(task.name, e.text, e.gold): e.text for e in examples}
-        if missing := set(rows.ids) - by_id.keys():
-            raise TaskError(
-                f"{len(missing)} of {len(rows)} rows of task {task.name} in {self.source.table} "
-                f"are not in the training data under {self.source.data}"
-            )
-        return [by_id[own] for own in rows.ids]
+        """Of rows of the table. Raises TaskError unless they or the data hold all of them."""
+        return key_texts(task, rows, self.source.data)
 
     def asked(self, task: Task) -> ProbedTask:
         """Test rows of a task, also of one that the table does not hold."""

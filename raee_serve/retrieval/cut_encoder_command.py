@@ -1,0 +1,40 @@
+"""`raee-serve encoder cut`: an encoder of fewer layers, for cheaper look-ups."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from raee_serve.errors import RaeeError
+from raee_serve.retrieval.cut_encoder import cut_encoder
+from raee_serve.table.datasets import add_data_argument, shuffled_examples
+from raee_serve.table.tasks import get_task
+
+DESCRIPTION = """Write a sentence-transformers model of the first layers of another one, with a
+linear map to the vectors that all layers would give, fitted on training texts of the tasks. Pass
+its directory as --encoder to `build`, or to `table reencode` for a table that is there."""
+SEED = 0
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("--encoder", default="minilm", help="packaged name, directory or hub id")
+    parser.add_argument("--layers", required=True, type=int, metavar="N", help="that are left")
+    parser.add_argument("--task", required=True, action="append", help="repeat for several")
+    parser.add_argument(
+        "--limit", type=int, default=2000, metavar="N", help="texts a task (default: 2000)"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
+    add_data_argument(parser)
+
+
+def run(args: Namespace) -> None:
+    if args.out.exists():
+        raise RaeeError(f"--out {args.out} exists; name a directory that does not")
+    texts = [
+        example.text
+        for name in dict.fromkeys(args.task)
+        for example in shuffled_examples(get_task(name), "train", args.data, SEED)[: args.limit]
+    ]
+    report = cut_encoder(args.encoder, args.layers, texts, args.out)
+    print(f"raee-serve: {args.encoder}: {report}; written to {args.out}")

@@ -1,0 +1,58 @@
+"""`raee-serve table reencode`: the same rows under another encoder's vectors."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from raee_serve.errors import RaeeError
+from raee_serve.retrieval.encoder import Encoder
+from raee_serve.shortcuts import beside_table, find_shortcuts
+from raee_serve.table.datasets import add_data_argument
+from raee_serve.table.key_texts import key_texts
+from raee_serve.table.schema import TableMetadata
+from raee_serve.table.store import ExitTable
+from raee_serve.table.tasks import get_task
+
+DESCRIPTION = """Write a table of the same rows with the vectors of another encoder. Exit
+information stays as it is, so no backbone runs. Texts come from the rows, or from the training data
+that they were made of. Calibrated choices were made from the old vectors and are left out."""
+AT_ONCE = 512
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("table", metavar="DIR")
+    parser.add_argument("--encoder", required=True, help="packaged name, directory or hub id")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new table; must not exist")
+    add_data_argument(parser)
+
+
+def run(args: Namespace) -> None:
+    if Path(args.out).exists():
+        raise RaeeError(f"--out {args.out} exists; name a directory that does not")
+    old = ExitTable.open(args.table)
+    # Everything cheap that can fail comes before anything is encoded.
+    rows = {name: old.rows(name) for name in old.metadata.tasks}
+    texts = {name: key_texts(get_task(name), own, args.data) for name, own in rows.items()}
+    encoder = Encoder(args.encoder, threads=torch.get_num_threads())
+    new = ExitTable.open_or_create(
+        args.out, TableMetadata(old.metadata.backbone, encoder.identity())
+    )
+    for name, own in rows.items():
+        new.put_task(old.metadata.tasks[name])
+        blocks = range(0, len(own), AT_ONCE)
+        bar = tqdm(blocks, desc=name, unit=f" x {AT_ONCE} rows")
+        vectors = [encoder.encode(texts[name][first : first + AT_ONCE]) for first in bar]
+        if vectors:
+            new.add(name, replace(own, vectors=np.concatenate(vectors)))
+    shortcuts, copy = find_shortcuts(args.table, None), beside_table(args.out)
+    if shortcuts is not None and copy is not None:
+        shutil.copyfile(shortcuts, copy)
+    print(f"raee-serve: {new.count_rows()} rows under {encoder.identity()} in {args.out}")
