@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import uuid
+from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -24,17 +25,22 @@ if TYPE_CHECKING:
 
 RESERVED_PREFIX = "raee_"
 """Keys of `extra_args` that are ours alone; clients reach that dict through `vllm_xargs`."""
+ABORT_S = 1.0
+"""In which clients are told that their requests were aborted, before the engine is killed."""
 
 
 class DepthClient:
     """An `EngineClient` that adds exit layers; everything else is the wrapped client's.
 
     The middleware finds admission through the app's `engine_client`.
+
+    loop: that the engine is awaited on.
     """
 
-    def __init__(self, engine: EngineClient, gate: Gate) -> None:
+    def __init__(self, engine: EngineClient, gate: Gate, loop: AbstractEventLoop) -> None:
         self._engine = engine
         self._gate = gate
+        self._loop = loop
         self._unread = PromptDepth(gate.admission.default_layer)
         self._full = PromptDepth(gate.admission.num_layers)
         self.is_stopping = False
@@ -48,9 +54,20 @@ class DepthClient:
         return getattr(self._engine, name)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """As `EngineClient.shutdown`, which answers what is under way and takes nothing new."""
+        """As `EngineClient.shutdown`, which answers what is under way and takes nothing new.
+
+        What is unanswered after `timeout` seconds is aborted before the engine is killed: killed
+        with requests in it, it tells some of their clients that it crashed, and the others wait.
+        Called on another thread than the loop's, as vLLM does.
+        """
         self.is_stopping = True
-        self._engine.shutdown(timeout=timeout)
+        answer_s = timeout or 0.0
+        self._loop.call_soon_threadsafe(self._loop.call_later, answer_s, self._abort_unanswered)
+        self._engine.shutdown(timeout=answer_s + ABORT_S)
+
+    def _abort_unanswered(self) -> None:
+        processor: Any = self._engine.output_processor
+        processor.abort_requests(list(processor.request_states), internal=True)
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any

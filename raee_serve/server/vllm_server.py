@@ -196,26 +196,16 @@ async def serve(args: Namespace, gate: Gate, watch_table_s: float | None) -> Non
         async with build_async_engine_client(args) as engine:
             if gate.lookups is not None:
                 _place(gate.lookups, spare_cores(engine.vllm_config))
-            client = DepthClient(engine, gate)
+            client = DepthClient(engine, gate, asyncio.get_running_loop())
             with _watching(gate, watch_table_s):
                 stopped = await build_and_serve(cast(EngineClient, client), address, sock, args)
             has_died = engine.errored and not client.is_stopping
-        _abort_unanswered(engine)
         await stopped  # after the engine is gone, as vLLM does
     finally:
         gate.close()
         sock.close()
     if has_died:
         raise ServeError("the engine died; why, its log above says")
-
-
-def _abort_unanswered(engine: Any) -> None:
-    """Ends the requests that are under way when the time to answer them (--shutdown-timeout) is up.
-
-    vLLM would wait for them, and so for their clients to leave, with the engine gone.
-    """
-    processor = engine.output_processor
-    processor.abort_requests(list(processor.request_states), internal=True)
 
 
 @contextmanager

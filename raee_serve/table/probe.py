@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raee_serve import vector_math
 from raee_serve.errors import CheckpointError
 from raee_serve.shortcuts import Shortcuts
 
@@ -45,6 +46,7 @@ class LayerProbe:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype or default_dtype(self.device)
         self.shortcuts = shortcuts
+        vector_math.settle()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
             model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.dtype)

@@ -14,6 +14,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import StructuredOutputsParams
 
+from raee_serve import vector_math
 from raee_serve.engine.settings import engine_options, exit_args
 from raee_serve.records import ExitHead
 from tests.engine.workload import CHUNK
@@ -160,6 +161,7 @@ def _logprobs(positions: Any) -> list[dict[str, float]] | None:
 
 def _vanilla_child() -> None:
     job = json.load(sys.stdin)
+    vector_math.settle()
     inputs = [{"prompt_token_ids": p} for p in job["prompts"]]
     params = [sampling_params(fields) for fields in job["fields"]]
     for args in job["engines"]:

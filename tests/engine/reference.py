@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from raee_serve import vector_math
 from raee_serve.shortcuts import Shortcut
 
 TIE = 1e-4
@@ -21,6 +22,7 @@ TIE = 1e-4
 @lru_cache(maxsize=1)
 def loaded(checkpoint: Path) -> tuple[PreTrainedModel, torch.nn.ModuleList]:
     """The model and all of its layers; the last checkpoint asked for stays in memory."""
+    vector_math.settle()
     # Eager attention: the others leave Gemma 2's cap on attention scores out.
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"

@@ -87,8 +87,17 @@ def test_a_killed_worker_ends_the_server_with_an_error(checkpoint):
         assert_gone(processes)
 
 
-def test_on_sigterm_requests_are_answered_or_told_that_they_are_not(checkpoint):
-    """Those that take longer than the time to stop end as vLLM ends them without such a time."""
+def test_on_sigterm_requests_are_told_that_they_are_not_answered(checkpoint):
+    with serving(checkpoint) as (url, server, processes):
+        with long_requests(url) as outcomes:
+            server.send_signal(signal.SIGTERM)
+        assert outcomes == [(200, "abort", True)] * 4
+        assert server.wait(PATIENCE_S) == 0
+        assert_gone(processes)
+
+
+def test_on_sigterm_requests_are_answered_while_there_is_time(checkpoint):
+    """Those that take longer than the time to stop end as they do without such a time."""
     with serving(checkpoint, "--shutdown-timeout", "3") as (url, server, processes):
         with long_requests(url) as outcomes, ThreadPoolExecutor(2) as pool:
             short = [pool.submit(ask, url, SHORT, stream) for stream in (True, False)]

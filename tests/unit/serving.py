@@ -34,6 +34,8 @@ from raee_serve.table.schema import RuleChoice
 from raee_serve.table.task import Task
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
+LOOP = asyncio.new_event_loop()
+"""That never runs: fake engines are not shut down by it."""
 NUM_LAYERS = 30
 TASK = Task("sst2", CompletionPrompt("{text} It was"), ("terrible", "great"))
 SPELLINGS = {"terrible": 8, "great": 9, " terrible": 10, " great": 11}
@@ -125,7 +127,7 @@ class Server:
             middleware=[Middleware(RaeeMiddleware), *([guard] if api_key else [])],
         )
         self.app.state.args = Namespace(api_key=[api_key] if api_key else None)
-        self.app.state.engine_client = DepthClient(self.engine, self.gate)
+        self.app.state.engine_client = DepthClient(self.engine, self.gate, LOOP)
 
     def decide(self, lookups):
         self.looked_up += [lookup.key_text for lookup in lookups]

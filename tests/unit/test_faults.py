@@ -25,7 +25,7 @@ from raee_serve.server.settings import DepthSettings
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
-from tests.unit.serving import Server
+from tests.unit.serving import LOOP, Server
 from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata
 
 pytestmark = pytest.mark.unit
@@ -57,7 +57,7 @@ class Front:
         self.server, self.registry = Server(), CollectorRegistry()
         metrics = DecisionMetrics(NUM_LAYERS, self.registry)
         self.gate = self.loader.load(Gate(Admission(NUM_LAYERS), None, str, metrics))
-        self.server.app.state.engine_client = DepthClient(self.server.engine, self.gate)
+        self.server.app.state.engine_client = DepthClient(self.server.engine, self.gate, LOOP)
         self.asked = 0
 
     @property

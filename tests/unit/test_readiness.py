@@ -3,6 +3,7 @@
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from raee_serve.server.engine_client import ABORT_S
 from tests.unit.serving import Server
 
 pytestmark = pytest.mark.unit
@@ -52,7 +53,7 @@ def test_a_dead_engine_is_not_ready(server):
 
 def test_who_shuts_down_is_not_ready_and_its_engine_drains(server):
     server.app.state.engine_client.shutdown(timeout=30)
-    assert server.engine.stopped_within == [30]
+    assert server.engine.stopped_within == [30 + ABORT_S]
     answer = ready(server)
     assert (answer.status_code, answer.content) == (503, b"")
     headers = {"authorization": "Bearer secret"}

@@ -8,7 +8,7 @@ import pytest
 from raee_serve.server.access import Access
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.reload import ReloadError, Snapshot
-from tests.unit.serving import ALLOWED, Server
+from tests.unit.serving import ALLOWED, LOOP, Server
 
 pytestmark = pytest.mark.unit
 
@@ -30,7 +30,7 @@ class Reloader:
 def reloading(error=None, **options):
     server = Server(**options)
     gate = Reloader(server.gate, error).gate
-    server.app.state.engine_client = DepthClient(server.engine, gate)
+    server.app.state.engine_client = DepthClient(server.engine, gate, LOOP)
     return server
 
 

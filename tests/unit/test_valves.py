@@ -11,7 +11,7 @@ from raee_serve.server import access, valves
 from raee_serve.server.admission import Admission
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.sampling import MAX_RUNNING, agreement
-from tests.unit.serving import ALLOWED, DECISION, LABELS, NUM_LAYERS, TASK, Server
+from tests.unit.serving import ALLOWED, DECISION, LABELS, LOOP, NUM_LAYERS, TASK, Server
 
 pytestmark = pytest.mark.unit
 
@@ -105,7 +105,7 @@ def test_off_is_vanilla_whatever_else_is_asked():
 def test_the_kill_switch_accepts_every_request_and_changes_none():
     server = Server()
     gate = replace(server.gate, admission=Admission(NUM_LAYERS, off=True))
-    server.app.state.engine_client = DepthClient(server.engine, gate)
+    server.app.state.engine_client = DepthClient(server.engine, gate, LOOP)
     answer = server.post(prompt=["a It was", "b"], raee={"task": "gone", "exit_layer": 3, "x": 1})
     assert answer.headers["x-raee-reason"] == "off, off"
     assert server.exit_layers() == [NUM_LAYERS] * 2 and not server.looked_up
