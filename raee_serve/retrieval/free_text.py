@@ -19,6 +19,7 @@ from raee_serve.retrieval.aggregate import (
 )
 from raee_serve.retrieval.heads import nearest_others
 from raee_serve.retrieval.leave_one_out import Outcome, row_exits
+from raee_serve.retrieval.trust import believed, trust_in
 from raee_serve.table.evidence import kept_quality
 from raee_serve.table.schema import RuleChoice
 
@@ -42,8 +43,9 @@ class FreeTextLeaveOneOut:
         self._evidence, self._quality = evidence[:, None], quality
         self.num_rows, _, self.num_layers = quality.shape
         most = min(max(NEIGHBOURS), self.num_rows - 1)
-        found = list(nearest_others(vectors, np.arange(self.num_rows), vectors, most))
-        self._nearest, self._similarities = map(np.concatenate, zip(*found, strict=True))
+        self._blocks = list(nearest_others(vectors, np.arange(self.num_rows), vectors, most))
+        self._nearest, self._similarities = map(np.concatenate, zip(*self._blocks, strict=True))
+        self._trust: dict[int, float] = {}
 
     def layers(self, choice: RuleChoice) -> NDArray[np.int64]:
         """[n] exit layer of each row, 1..num_layers."""
@@ -75,5 +77,12 @@ class FreeTextLeaveOneOut:
     def _exits(
         self, choice: RuleChoice, points: Sequence[int] = ()
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        evidence = self._quality if choice.rule == QUALITY else self._evidence
+        evidence = self._as_believed(choice.k) if choice.rule == QUALITY else self._evidence
         return row_exits(self._nearest, self._similarities, evidence, choice, points)
+
+    def _as_believed(self, k: int) -> NDArray[np.float32]:
+        """The quality as a look-up of k neighbours has it."""
+        if k not in self._trust:
+            nearest = ((near[:, :k], similar[:, :k]) for near, similar in self._blocks)
+            self._trust[k] = trust_in(self._quality, nearest)
+        return believed(self._quality, self._trust[k])

@@ -26,15 +26,17 @@ from raee_serve.retrieval.heads import (
     LeaveOneOutVotes,
     calibrated,
     fused,
+    nearest_others,
 )
 from raee_serve.retrieval.stacking import stacked
+from raee_serve.retrieval.trust import believed, trust_in
 from raee_serve.table.evidence import evidence_of, free_text_quality, label_evidence
 from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 
 HEADS: tuple[HeadName, ...] = ("plain", "calibrated", "fused", "stacked")
 """The order in which a row's exit information is held. Of free text, which has none of the others,
-the first is followed by how well exits do, for each of EXIT_HEADS."""
+the first is followed by how well exits do, for each of EXIT_HEADS, as far as rows are believed."""
 FAR_NEIGHBOURS = 12
 BOUND_QUANTILE = 0.97
 BOUND_SAMPLE = 1000
@@ -113,7 +115,8 @@ def load_task(
     if entry.kind == "labels":
         heads = _hear_heads(evidence, rows, entry, drawn, blocks, choice.vote_weight)
     else:
-        evidence[:, 1 : 1 + len(EXIT_HEADS)] = free_text_quality(rows, entry, evidence.shape[2])
+        quality = free_text_quality(rows, entry, evidence.shape[2])
+        evidence[:, 1 : 1 + len(EXIT_HEADS)] = believed(quality, _trust(quality, drawn, choice.k))
     return TaskIndex(
         rows.ids,
         rows.vectors if keep_vectors else None,
@@ -184,6 +187,16 @@ def _biasing_heads(
         "fused": fused(logprobs, vote_weight),
         "stacked": stacked(logprobs, golds, votes.log_votes(VOTE_K["stacked"])),
     }
+
+
+def _trust(quality: NDArray[np.float32], drawn: _Drawn, k: int) -> float:
+    """Of a free-text task's quality of rows in its neighbours; none in a lone row's."""
+    some = quality[drawn.positions]
+    others = min(k, len(some) - 1)
+    if others == 0:
+        return 0.0
+    own = np.arange(len(some))
+    return trust_in(some, nearest_others(drawn.vectors, own, drawn.vectors, others))
 
 
 def _ballots(

@@ -14,7 +14,9 @@ from raee_serve.errors import BindingError, RaeeError
 from raee_serve.records import Reason
 from raee_serve.retrieval.aggregate import QUALITY, RULE_NAMES, decide, exits, rule_named
 from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
+from raee_serve.retrieval.heads import nearest_others
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.trust import believed, trust_in
 from raee_serve.table.evidence import evidence_of, free_text_quality, kept_quality
 from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
@@ -135,6 +137,8 @@ def test_the_rule_is_one_of_the_names():
 def rows():
     """Rows of one half of space keep all at layer 1 by shortcut, the others only at layer 3."""
     vectors = unit_vectors(60)
+    vectors[:, 0] += np.sign(vectors[:, 0])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     easy = vectors[:, 0] > 0
     kept = np.where(easy[:, None], [0.5, 1, 1.0, 1.0], [0.5, 1, 0.2, 0.96])
     return free_text_rows([str(n) for n in range(60)], vectors, kept)
@@ -153,11 +157,13 @@ def test_each_row_is_asked_as_if_the_table_did_not_hold_it(rows):
     own = FreeTextLeaveOneOut(rows.vectors, evidence_of(rows, ENTRY, 4), quality)
     k, layers = 5, []
     choice = RuleChoice(QUALITY, k, 0.95, 2.0, quality=0.9)
+    trust = trust_in(quality, nearest_others(rows.vectors, np.arange(60), rows.vectors, k))
+    told = believed(quality, trust)
     similarities = rows.vectors @ rows.vectors.T
     for i in range(60):
         others = np.delete(np.arange(60), i)
         near = others[np.argsort(-similarities[i, others], kind="stable")[:k]]
-        layers.append(decide(RULE, quality[near], 1 - similarities[i, near], fraction=0.9)[0])
+        layers.append(decide(RULE, told[near], 1 - similarities[i, near], fraction=0.9)[0])
     assert own.layers(choice).tolist() == layers and len(set(layers)) > 1
     outcome = own.outcome(choice)
     assert outcome.depth == pytest.approx(np.mean(layers) / 4)
