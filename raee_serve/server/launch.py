@@ -12,7 +12,7 @@ from raee_serve.errors import RaeeError
 from raee_serve.retrieval.resources import DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.server import access, valves
 from raee_serve.server.memory import GIB
-from raee_serve.server.settings import DepthSettings
+from raee_serve.server.settings import LOOKUP_TIMEOUT_MS, DepthSettings
 
 if TYPE_CHECKING:
     from raee_serve.fingerprint import BackboneIdentity
@@ -90,9 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lookup-timeout-ms",
         type=float,
-        default=250.0,
+        default=LOOKUP_TIMEOUT_MS,
         metavar="MS",
-        help="a prompt whose look-up takes longer runs at full depth (default: 250)",
+        help="a prompt whose look-up takes longer runs at full depth (default: %(default).0f)",
     )
     parser.add_argument(
         "--watch-table",

@@ -9,6 +9,10 @@ from raee_serve.retrieval.aggregate import RULE_NAMES
 from raee_serve.retrieval.resources import BATCH_SIZE, DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.server.options import MAX_K
 
+LOOKUP_TIMEOUT_MS = 1000.0
+"""Many times what look-ups of a burst wait for each other: full depth, which is what a late one
+gets, costs the others of a busy CPU more than waiting does."""
+
 
 @dataclass(frozen=True, slots=True)
 class DepthSettings:
@@ -29,7 +33,7 @@ class DepthSettings:
     k: int | None = None
     rule: str | None = None
     max_distance: float | None = None
-    lookup_timeout_ms: float = 250.0
+    lookup_timeout_ms: float = LOOKUP_TIMEOUT_MS
     fraction: float | None = None
     vote_weight: float | None = None
     watch_table: float | None = None
