@@ -115,8 +115,8 @@ def load_task(
     if entry.kind == "labels":
         heads = _hear_heads(evidence, rows, entry, drawn, blocks, choice.vote_weight)
     else:
-        quality = free_text_quality(rows, entry, evidence.shape[2])
-        evidence[:, 1 : 1 + len(EXIT_HEADS)] = believed(quality, _trust(quality, drawn, choice.k))
+        by_exit = free_text_quality(rows, entry, evidence.shape[2])
+        evidence[:, 1 : 1 + len(EXIT_HEADS)] = believed(by_exit, _trust(by_exit, drawn, choice.k))
     return TaskIndex(
         rows.ids,
         rows.vectors if keep_vectors else None,
