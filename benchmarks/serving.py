@@ -47,7 +47,7 @@ from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cut import cut_checkpoint
 from raee_serve.errors import RaeeError
 from raee_serve.fingerprint import identify_backbone
-from raee_serve.table.datasets import DEFAULT_ROOT, add_data_argument
+from raee_serve.table.datasets import HUB, add_data_argument
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
 
@@ -215,7 +215,6 @@ def write(result: dict[str, Any], runs: Sequence[Run], out: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    has_data = Path(DEFAULT_ROOT).is_dir()
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="Flags not listed here go to raee-serve's server.",
@@ -230,14 +229,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tasks",
         nargs="*",
-        default=list(SEVEN) if has_data else ["demo_sentiment"],
-        help="of classification (default: %(default)s)",
+        help=f"of classification (default: {' '.join(SEVEN)}; without data demo_sentiment)",
     )
     parser.add_argument(
         "--summary-tasks",
         nargs="*",
-        default=["cnndm", "xsum"] if has_data else [],
-        help="of summarisation (default: %(default)s)",
+        help="of summarisation (default: cnndm xsum; without data none)",
     )
     parser.add_argument("--words", type=int, default=150, help="of a document (default: 150)")
     parser.add_argument("--output-len", type=int, default=48, help="of a summary (default: 48)")
@@ -263,6 +260,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for JSON, CSV and pictures")
     args, args.serve_flags = parser.parse_known_args()
+    has_data = args.data == HUB or Path(args.data).is_dir()
+    if args.tasks is None:
+        args.tasks = SEVEN if has_data else ["demo_sentiment"]
+    if args.summary_tasks is None:
+        args.summary_tasks = ["cnndm", "xsum"] if has_data else []
     return args
 
 
