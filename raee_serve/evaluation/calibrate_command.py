@@ -190,7 +190,8 @@ def _left_out(table: ExitTable, name: str) -> Tried:
 
 
 def _generated(table: ExitTable, name: str, args: Namespace) -> Tried:
-    from raee_serve.evaluation.generated import generated_outcomes, unseen_documents
+    from raee_serve.evaluation.documents import unseen_documents
+    from raee_serve.evaluation.generated import generated_outcomes
 
     task = get_task(name)
     examples = unseen_documents(table, task, args.data, args.generate)

@@ -2,9 +2,10 @@
 
 Two backbones summarise news articles greedily, SmolLM2-135M-Instruct in a chat and Gemma-3-270M
 after two examples: at full depth, at fixed exits plain and by shortcut, and at exits retrieved
-under budgets of quality. For each: ROUGE against the references, paired with full depth's, and
-speed, all on one server a backbone. An interrupted run goes on where it was; --out holds the
-answers (MODEL.jsonl), and in the end summaries.json, summaries.md and summaries.png.
+under budgets of quality, which answers to training documents calibrate. For each: ROUGE against the
+references, paired with full depth's, and speed, all on one server a backbone. An interrupted run
+goes on where it was; --out holds the answers (MODEL.jsonl, MODEL.calibration.jsonl), and in the end
+summaries.json, summaries.md and summaries.png.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from typing import Any
 from raee_serve.checkpoints import resolve_backbone
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.asking import asker
-from raee_serve.evaluation.run import LENGTH_FLAGS, OWN_SERVER_FLAGS, shuffled_rows
+from raee_serve.evaluation.documents import (
+    WORDS,
+    answer_settings,
+    documents_to_test,
+    unseen_documents,
+)
+from raee_serve.evaluation.generated import differing_choices, outcomes_of_answers
+from raee_serve.evaluation.run import LENGTH_FLAGS, OWN_SERVER_FLAGS
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.evaluation.summary_report import (
     RowResult,
@@ -33,6 +41,7 @@ from raee_serve.evaluation.summary_report import (
     results,
 )
 from raee_serve.evaluation.summary_turns import Kept, Row, accepted, ask_all, rows_of
+from raee_serve.retrieval.leave_one_out import Outcome
 from raee_serve.table.datasets import Example, add_data_argument
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
@@ -46,10 +55,6 @@ TASKS = {
 """The tasks of each backbone that are summarised unless others are named."""
 BUDGETS = (0.98, 0.95, 0.9)
 """Shares of full depth's quality that retrieved exits are to keep."""
-WORDS = 400
-"""Of a document, from its beginning."""
-SEED = 0
-
 Found = dict[str, list[RowResult]]
 """By task."""
 
@@ -85,7 +90,8 @@ def part_of(args: argparse.Namespace, model: str) -> Part:
         if task.kind != "free-text":
             raise TaskError(f"task {task.name} has label words for answers; allowed: free text")
     examples = {
-        task.name: shortened_rows(task, args.data, args.limit, SEED, args.words) for task in tasks
+        task.name: documents_to_test(task, args.data, args.limit, words=args.words)
+        for task in tasks
     }
     return Part(model, str((args.tables or args.out / "tables") / model), tasks, examples)
 
@@ -95,20 +101,19 @@ def summarise(args: argparse.Namespace, part: Part) -> Found:
     build_table(args, part)
     table = ExitTable.open(part.table)
     exits = args.exits or known_exits(table.metadata, part.tasks)
-    named = ("limit", "words", "max_tokens", "concurrency")
-    settings = {
-        "model": part.model,
-        "table": table.state,
-        "tasks": {task.name: task.version for task in part.tasks},
-        **{name: getattr(args, name) for name in named},
+    kept = Kept(args.out / f"{part.model}.jsonl", settings_of(args, part, table))
+    unseen = {
+        task.name: unseen_documents(table, task, args.data, args.calibrate, args.words)
+        for task in part.tasks
     }
-    kept = Kept(args.out / f"{part.model}.jsonl", settings)
     flags = ["--table", part.table, *OWN_SERVER_FLAGS, *LENGTH_FLAGS]
     with running_server(part.model, flags) as url:
-        rows = asyncio.run(ask_part(args, part, url, rows_of(exits, args.budgets), kept))
+        budgets = asyncio.run(calibrated(args, part, url, table, unseen))
+        rows = {task: rows_of(exits, own) for task, own in budgets.items()}
+        taken = asyncio.run(ask_part(args, part, url, rows, kept))
     return {
         task.name: results(
-            rows[task.name],
+            taken[task.name],
             [turn for turn in kept.turns if turn.task == task.name],
             [str(example.gold) for example in part.examples[task.name]],
         )
@@ -116,15 +121,68 @@ def summarise(args: argparse.Namespace, part: Part) -> Found:
     }
 
 
+def settings_of(args: argparse.Namespace, part: Part, table: ExitTable) -> dict[str, Any]:
+    """What answers depend on."""
+    named = ("limit", "words", "max_tokens", "concurrency", "calibrate")
+    return {
+        "model": part.model,
+        "table": table.state,
+        "tasks": {task.name: task.version for task in part.tasks},
+        **{name: getattr(args, name) for name in named},
+    }
+
+
+async def calibrated(
+    args: argparse.Namespace,
+    part: Part,
+    url: str,
+    table: ExitTable,
+    unseen: Mapping[str, Sequence[Example]],
+) -> dict[str, dict[float, float]]:
+    """By task: what rule `quality` is asked for, by the share of ROUGE-L that it is to keep.
+
+    unseen: by task, the documents whose answers say it; without any, shares are asked for as they
+    are. A share that no exit keeps is full depth's.
+    """
+    kept = Kept(args.out / f"{part.model}.calibration.jsonl", settings_of(args, part, table))
+    found: dict[str, dict[float, float]] = {}
+    for task in part.tasks:
+        examples = unseen[task.name]
+        found[task.name] = {budget: budget for budget in args.budgets}
+        if not examples:
+            continue
+        server = asker(url, part.model, answer_settings(task, args.max_tokens))
+        choices = differing_choices(table, task)
+        outcomes = await outcomes_of_answers(
+            server, choices, task, examples, kept, args.concurrency
+        )
+        for budget in args.budgets:
+            able = [outcome for outcome in outcomes if outcome.accuracy >= budget]
+            chosen = min(able, key=lambda outcome: outcome.depth, default=None)
+            found[task.name][budget] = chosen.choice.quality if chosen else 1.0
+        print(f"raee-serve: {task.name}: {said(outcomes, found[task.name])}", flush=True)
+    return found
+
+
+def said(outcomes: Sequence[Outcome], budgets: Mapping[float, float]) -> str:
+    """What was found, and what was made of it."""
+    tried = "; ".join(
+        f"quality {o.choice.quality:g} keeps {o.accuracy:.3f} at depth {o.depth:.3f}"
+        for o in outcomes
+    )
+    made = ", ".join(f"{asked:g} to keep {budget:g}" for budget, asked in budgets.items())
+    return f"{tried}. Asked for: {made}"
+
+
 async def ask_part(
-    args: argparse.Namespace, part: Part, url: str, rows: Sequence[Row], kept: Kept
+    args: argparse.Namespace, part: Part, url: str, rows: Mapping[str, Sequence[Row]], kept: Kept
 ) -> dict[str, list[Row]]:
-    """By task, the rows that the server took; all their answers are kept then."""
+    """By task, those of its rows that the server took; all their answers are kept then."""
     taken: dict[str, list[Row]] = {}
     for task in part.tasks:
         examples = part.examples[task.name]
         server = asker(url, part.model, answer_settings(task, args.max_tokens))
-        taken[task.name] = await accepted(server, task, examples[0].text, rows)
+        taken[task.name] = await accepted(server, task, examples[0].text, rows[task.name])
         await ask_all(server, task, examples, taken[task.name], kept, args.concurrency)
     return taken
 
@@ -135,24 +193,6 @@ def known_exits(metadata: TableMetadata, tasks: Sequence[Task]) -> list[int]:
     layers = {layer for entry in entries for layer in entry.shortcut_layers}
     layers = layers or {layer for entry in entries for layer in entry.layers}
     return sorted(layers - {metadata.backbone.num_layers})
-
-
-def shortened_rows(
-    task: Task, root: str | None, limit: int | None, seed: int, words: int = WORDS
-) -> list[Example]:
-    """As `shuffled_rows`, the documents cut to their first `words`."""
-    return shortened(shuffled_rows(task, root, limit, seed), words)
-
-
-def shortened(rows: Sequence[Example], words: int = WORDS) -> list[Example]:
-    """The documents cut to their first `words`."""
-    return [Example(" ".join(row.text.split()[:words]), row.gold) for row in rows]
-
-
-def answer_settings(task: Task, max_tokens: int) -> dict[str, Any]:
-    """Of every request. A backbone that only continues texts would go on with the next article."""
-    settings: dict[str, Any] = {"max_tokens": max_tokens}
-    return settings | {"stop": ["\n"]} if isinstance(task.render("a text"), str) else settings
 
 
 def build_table(args: argparse.Namespace, part: Part) -> None:
@@ -202,6 +242,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--limit", type=int, default=200, metavar="N", help="test documents a task (default: 200)"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        default=100,
+        metavar="N",
+        help="training documents a task that the table lacks, by whose answers --budgets become "
+        "thresholds of rule quality; 0 asks the rule for the budgets as they are (default: 100)",
     )
     parser.add_argument(
         "--words",

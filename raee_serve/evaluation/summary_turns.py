@@ -38,11 +38,12 @@ class Row:
 FULL_DEPTH = Row("full depth", "full depth", {"task": None, "exit_layer": "full"})
 
 
-def rows_of(exits: Sequence[int], budgets: Sequence[float]) -> list[Row]:
+def rows_of(exits: Sequence[int], budgets: Mapping[float, float]) -> list[Row]:
     """Full depth, each exit plain and by its shortcut, then the budgets.
 
-    budgets: shares (0..1) of full depth's quality that a retrieved exit is to keep. Only for these
-    requests name their task, for the others nothing is looked up.
+    budgets: what rule `quality` is asked for (0..1), by the share of full depth's quality that
+    retrieved exits are to keep. Only for these requests name their task, for the others nothing is
+    looked up.
     """
     fixed = [(d, {"task": None, "exit_layer": d}) for d in exits]
     plain = [Row(f"layer {d}", "plain exit", raee) for d, raee in fixed]
@@ -50,7 +51,9 @@ def rows_of(exits: Sequence[int], budgets: Sequence[float]) -> list[Row]:
         Row(f"layer {d}, shortcut", "shortcut exit", {**raee, "exit_head": "shortcut"})
         for d, raee in fixed
     ]
-    retrieved = [Row(f"quality {q:g}", "retrieved", {"quality": q}) for q in budgets]
+    retrieved = [
+        Row(f"quality {kept:g}", "retrieved", {"quality": asked}) for kept, asked in budgets.items()
+    ]
     return [FULL_DEPTH, *plain, *shortcuts, *retrieved]
 
 

@@ -62,9 +62,14 @@ class FreeTextLeaveOneOut:
     def every_outcome(self) -> Iterator[Outcome]:
         """Of rule `quality`, with the settings that this module lists."""
         for k in sorted({min(k, self.num_rows - 1) for k in NEIGHBOURS}):
-            for quality in QUALITIES:
-                common = (QUALITY, k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
-                yield self.outcome(RuleChoice(*common, quality))
+            yield from self.outcomes(k)
+
+    def outcomes(self, k: int) -> Iterator[Outcome]:
+        """Of rule `quality` with k neighbours, the highest threshold first."""
+        for quality in QUALITIES:
+            yield self.outcome(
+                RuleChoice(QUALITY, k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT, quality)
+            )
 
     def fixed_exits(self) -> Iterator[tuple[float, float, str]]:
         """(depth, quality, name) of each probed exit, were all rows to take it."""

@@ -2,22 +2,26 @@
 speed is tested, but that they are asked the right thing and that their answers are scored. The same
 server answers for `calibrate --generate`."""
 
+import asyncio
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cli import main
-from raee_serve.evaluation.generated import QUALITIES
+from raee_serve.evaluation.documents import unseen_documents
 from raee_serve.evaluation.server_process import awake
 from raee_serve.evaluation.suite import paper, peer_speed
 from raee_serve.evaluation.suite.dropping import LayerDropping
 from raee_serve.evaluation.suite.material import Material, Source
 from raee_serve.evaluation.suite.serving import raee_system, vanilla_system
-from raee_serve.evaluation.summaries import BUDGETS
+from raee_serve.evaluation.summaries import BUDGETS, Part, calibrated
 from raee_serve.retrieval.aggregate import QUALITY, RULES
+from raee_serve.retrieval.free_text import QUALITIES
 from raee_serve.table.store import ExitTable
+from raee_serve.table.tasks import get_task
 from tests.server.conftest import MODEL
 
 pytestmark = pytest.mark.server
@@ -110,6 +114,33 @@ def test_peers_are_asked_the_same_prompts(ours, vanilla, material, monkeypatch):
     whole, *peers, drafts, int8 = started
     assert whole == (material.checkpoint.name,) and drafts[1] == "--speculative-config"
     assert peers == shorter and int8 == ("int8",) and notes
+
+
+def test_budgets_of_an_evaluation_are_what_answers_keep(ours, table, tmp_path):
+    task = get_task("demo_summary")
+    opened = ExitTable.open(table)
+    unseen = {task.name: unseen_documents(opened, task, None, DOCUMENTS)}
+    part = Part(MODEL, table, (task,), {})
+    args = SimpleNamespace(
+        out=tmp_path,
+        budgets=[0.5, 2.0],
+        limit=DOCUMENTS,
+        words=400,
+        max_tokens=16,
+        concurrency=2,
+        calibrate=DOCUMENTS,
+    )
+    with awake(ours.process):
+        found = asyncio.run(calibrated(args, part, ours.url, opened, unseen))
+        answers = (tmp_path / f"{MODEL}.calibration.jsonl").read_bytes()
+        again = asyncio.run(calibrated(args, part, ours.url, opened, unseen))
+    assert found[task.name][0.5] in QUALITIES
+    assert found[task.name][2.0] == 1.0  # twice full depth's: no exit is to be taken
+    assert (tmp_path / f"{MODEL}.calibration.jsonl").read_bytes() == answers and again == found
+    args.calibrate = 0
+    args.out = tmp_path / "uncalibrated"
+    asked = asyncio.run(calibrated(args, part, ours.url, opened, {task.name: []}))
+    assert asked == {task.name: {0.5: 0.5, 2.0: 2.0}}
 
 
 def test_a_budget_is_chosen_by_answers(ours, table, capsys):

@@ -27,7 +27,7 @@ def test_rows_are_asked_once_and_what_is_refused_is_left_out(served, tmp_path, c
     examples = {task.name: load_examples(task, "test")[:4]}
     part = Part(MODEL, str(served.table), (task,), examples)
     kept = Kept(tmp_path / "kept.jsonl", {})
-    taken = asyncio.run(ask_part(ARGUMENTS, part, served.url, ROWS, kept))[task.name]
+    taken = asyncio.run(ask_part(ARGUMENTS, part, served.url, {task.name: ROWS}, kept))[task.name]
     assert [row.name for row in taken] == ["full depth", "layer 12"]
     assert "no row 'layer 99'" in capsys.readouterr().out
     assert [(turn.row, len(turn.answers)) for turn in kept.turns] == [
@@ -35,7 +35,9 @@ def test_rows_are_asked_once_and_what_is_refused_is_left_out(served, tmp_path, c
         ("layer 12", 4),
     ]
 
-    asyncio.run(ask_part(ARGUMENTS, part, served.url, ROWS, Kept(tmp_path / "kept.jsonl", {})))
+    asyncio.run(
+        ask_part(ARGUMENTS, part, served.url, {task.name: ROWS}, Kept(tmp_path / "kept.jsonl", {}))
+    )
     assert Kept(tmp_path / "kept.jsonl", {}).turns == kept.turns
 
     full, early = results(taken, kept.turns, [str(e.gold) for e in examples[task.name]])

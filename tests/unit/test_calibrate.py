@@ -8,8 +8,7 @@ import pytest
 from raee_serve.cli import main
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.calibrate_command import Budget
-from raee_serve.evaluation.generated import unseen_documents
-from raee_serve.evaluation.summaries import SEED, shortened
+from raee_serve.evaluation.documents import SEED, shortened, unseen_documents
 from raee_serve.retrieval.aggregate import RULES, decide
 from raee_serve.retrieval.leave_one_out import LeaveOneOut, Outcome, frontier
 from raee_serve.table.datasets import shuffled_examples

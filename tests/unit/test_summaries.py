@@ -8,9 +8,10 @@ import pytest
 
 from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Answer
+from raee_serve.evaluation.documents import answer_settings
 from raee_serve.evaluation.metrics import rouge, rouge_l
 from raee_serve.evaluation.paired import compare_scores
-from raee_serve.evaluation.summaries import answer_settings, known_exits, main
+from raee_serve.evaluation.summaries import known_exits, main
 from raee_serve.evaluation.summary_report import as_fields, as_markdown, draw, published, results
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Turn, rows_of
 from raee_serve.fingerprint import BackboneIdentity
@@ -29,7 +30,7 @@ def turn(row: str, first: int, texts: list[str], exit_layer: int = 4, seconds: f
 
 
 def test_rows_are_full_depth_each_exit_twice_and_the_budgets():
-    rows = rows_of([2, 3], [0.98, 0.9])
+    rows = rows_of([2, 3], {0.98: 0.98, 0.9: 0.85})
     assert [row.name for row in rows] == [
         "full depth",
         *("layer 2", "layer 3"),
@@ -37,7 +38,7 @@ def test_rows_are_full_depth_each_exit_twice_and_the_budgets():
         *("quality 0.98", "quality 0.9"),
     ]
     assert rows[3].raee == {"task": None, "exit_layer": 2, "exit_head": "shortcut"}
-    assert rows[-1].raee == {"quality": 0.9}
+    assert rows[-1].raee == {"quality": 0.85}
     assert len({row.name for row in rows}) == len(rows)
 
 
@@ -92,7 +93,7 @@ def test_an_empty_file_is_nobodys(tmp_path):
 def test_rows_are_scored_beside_full_depth():
     full = [turn("full depth", 2, REFERENCES[2:]), turn("full depth", 0, REFERENCES[:2])]
     early = [turn("layer 2", 0, ["the dog sleeps", "no", "no"], exit_layer=2, seconds=2.0)]
-    first, second = results(rows_of([2], [])[:2], full + early, REFERENCES)
+    first, second = results(rows_of([2], {})[:2], full + early, REFERENCES)
     assert first.rougeL == first.kept == first.depth == first.speedup == 1
     assert (first.difference, first.low, first.high) == (0, 0, 0)
     assert second.rouge2 == second.kept == pytest.approx(1 / 3)
@@ -108,7 +109,7 @@ def test_full_depth_that_says_nothing_leaves_nothing_to_keep():
 
 
 def test_table_and_picture(tmp_path):
-    rows = rows_of([2, 3], [0.9])
+    rows = rows_of([2, 3], {0.9: 0.9})
     turns = [turn(row.name, 0, REFERENCES) for row in rows]
     found = {"m": {"xsum_chat": results(rows, turns, REFERENCES)}}
     table = as_markdown(found)

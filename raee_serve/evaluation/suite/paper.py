@@ -138,7 +138,7 @@ def _summarised(
     material: Material, system: System, documents: Documents
 ) -> tuple[list[Row], list[str]]:
     """Full depth and the budgets on the free-text tasks, and how they compare."""
-    asked = rows_of([], BUDGETS)
+    asked = rows_of([], {budget: budget for budget in BUDGETS})
     ways = [Way(system, row.raee, settings) for row in asked]
     full, *_ = timed = in_turns(ways, documents.texts)
     rows: list[Row] = []

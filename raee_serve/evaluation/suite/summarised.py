@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.evaluation.asking import SUMMARY_TOKENS
+from raee_serve.evaluation.documents import answer_settings, documents_to_test
 from raee_serve.evaluation.metrics import rouge
 from raee_serve.evaluation.suite.findings import Row
 from raee_serve.evaluation.suite.material import Material
 from raee_serve.evaluation.suite.serving import Timed
-from raee_serve.evaluation.summaries import answer_settings, shortened_rows
 from raee_serve.table.task import Task
 
 DRAWS = 10_000
@@ -38,7 +38,7 @@ class Documents:
         texts: dict[Task, Sequence[str]] = {}
         references: dict[str, Sequence[str]] = {}
         for task in material.summaries if source.documents else ():
-            rows = shortened_rows(task, source.data, source.documents, source.seed)
+            rows = documents_to_test(task, source.data, source.documents, source.seed)
             texts[task] = [row.text for row in rows]
             references[task.name] = [str(row.gold) for row in rows]
         return cls(texts, references)
