@@ -44,6 +44,7 @@ class Asker:
     """Asks `model` at `client`.
 
     settings: of every request, beside or in place of those that `ask` makes.
+    extra: of every request too, what the SDK does not know.
     decides: False for vanilla vLLM, whose requests carry no `raee` and whose answers no headers.
     """
 
@@ -51,16 +52,18 @@ class Asker:
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     decides: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     async def ask(self, task: Task, text: str, raee: Mapping[str, Any]) -> Answer:
         """The answer to one text, greedily sampled; `raee` goes along beside the task's name."""
         start = time.perf_counter()
         prompt = task.render(text)
+        ours = {"raee": {"task": task.name, **raee}} if self.decides else {}
         common: dict[str, Any] = {
             "model": self.model,
             "temperature": 0.0,
             "max_tokens": 1 if task.kind == "labels" else SUMMARY_TOKENS,
-            "extra_body": {"raee": {"task": task.name, **raee}} if self.decides else {},
+            "extra_body": {**self.extra, **ours},
             **self.settings,
         }
         if isinstance(prompt, str):

@@ -12,7 +12,7 @@ from scipy.optimize import isotonic_regression
 
 from raee_serve.evaluation.asking import SUMMARY_TOKENS, Asker, asker
 from raee_serve.evaluation.documents import answer_settings
-from raee_serve.evaluation.run import LENGTH_FLAGS, OWN_SERVER_FLAGS
+from raee_serve.evaluation.run import LENGTH_FLAGS, PATIENCE_FLAGS
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.evaluation.summary_report import results
 from raee_serve.evaluation.summary_turns import Kept, accepted, ask_all, rows_of
@@ -36,7 +36,7 @@ def generated_outcomes(
     base_url: None starts one. Raises ServerStartError.
     """
     choices = differing_choices(table, task)
-    flags = ["--table", table.uri, *OWN_SERVER_FLAGS, *LENGTH_FLAGS]
+    flags = ["--table", table.uri, *PATIENCE_FLAGS, *LENGTH_FLAGS]
     with (
         nullcontext(base_url) if base_url else running_server(model, flags) as url,
         tempfile.TemporaryDirectory() as scratch,

@@ -17,8 +17,10 @@ from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
 
 PATIENT_TIMEOUT_MS = 60_000
-OWN_SERVER_FLAGS = ("--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS), "--no-enable-prefix-caching")
-"""So that quality is not a matter of time-outs, and the second run gains nothing from the first."""
+PATIENCE_FLAGS = ("--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS))
+"""So that quality is not a matter of time-outs."""
+OWN_SERVER_FLAGS = (*PATIENCE_FLAGS, "--no-enable-prefix-caching")
+"""And so that the second run gains nothing from the first."""
 LENGTH_FLAGS = ("--max-model-len", "2048")
 """Long enough for all tasks, and less memory than the models' own lengths take."""
 WARM_UP = 4

@@ -5,7 +5,7 @@ after two examples: at full depth, at fixed exits plain and by shortcut, and at 
 under budgets of quality, which answers to training documents calibrate. For each: ROUGE against the
 references, paired with full depth's, and speed, all on one server a backbone. An interrupted run
 goes on where it was; --out holds the answers (MODEL.jsonl, MODEL.calibration.jsonl), and in the end
-summaries.json, summaries.md and summaries.png.
+summaries.json, summaries.md and summaries.png, which keep what they say of other backbones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from raee_serve.evaluation.documents import (
     unseen_documents,
 )
 from raee_serve.evaluation.generated import differing_choices, outcomes_of_answers
-from raee_serve.evaluation.run import LENGTH_FLAGS, OWN_SERVER_FLAGS
+from raee_serve.evaluation.run import LENGTH_FLAGS, PATIENCE_FLAGS
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.evaluation.summary_report import (
     RowResult,
@@ -106,7 +106,7 @@ def summarise(args: argparse.Namespace, part: Part) -> Found:
         task.name: unseen_documents(table, task, args.data, args.calibrate, args.words)
         for task in part.tasks
     }
-    flags = ["--table", part.table, *OWN_SERVER_FLAGS, *LENGTH_FLAGS]
+    flags = ["--table", part.table, *PATIENCE_FLAGS, *LENGTH_FLAGS]
     with running_server(part.model, flags) as url:
         budgets = asyncio.run(calibrated(args, part, url, table, unseen))
         rows = {task: rows_of(exits, own) for task, own in budgets.items()}
@@ -209,7 +209,8 @@ def build_table(args: argparse.Namespace, part: Part) -> None:
 
 
 def write(found: Mapping[str, Found], out: Path) -> str:
-    """Into `out`; the JSON line."""
+    """Into `out`, beside what is there of other backbones; table and JSON line of them all."""
+    found = {**written_before(out / "summaries.json"), **found}
     models = {
         model: {
             task: {"published_rougeL": published(task), "rows": [as_fields(row) for row in rows]}
@@ -223,6 +224,17 @@ def write(found: Mapping[str, Found], out: Path) -> str:
     (out / "summaries.md").write_text(table, encoding="utf-8")
     draw(found, out / "summaries.png")
     return f"{table}\n{line}"
+
+
+def written_before(path: Path) -> dict[str, Found]:
+    """By backbone, of an earlier run."""
+    if not path.exists():
+        return {}
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    return {
+        model: {task: [RowResult(**row) for row in of["rows"]] for task, of in tasks.items()}
+        for model, tasks in models.items()
+    }
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,13 +116,18 @@ async def accepted(server: Asker, task: Task, text: str, rows: Sequence[Row]) ->
 async def ask_all(
     server: Asker, task: Task, examples: Sequence[Example], rows: Sequence[Row], kept: Kept, at: int
 ) -> None:
-    """Ask what is not kept yet, with `at` requests at once."""
+    """Ask what is not kept yet, with `at` requests at once.
+
+    Each row has a prefix cache of its own: examples that all prompts begin with are computed once
+    a row, and no row gains from what another computed of a document.
+    """
     for first in range(0, len(examples), TURN):
         texts = [example.text for example in examples[first : first + TURN]]
         for row in rows:
             if kept.has(task.name, row.name, first):
                 continue
-            answers, rps = await server.ask_all(task, texts, row.raee, at)
+            salted = replace(server, extra={"cache_salt": row.name})
+            answers, rps = await salted.ask_all(task, texts, row.raee, at)
             turn = Turn(task.name, row.name, first, len(texts) / rps, tuple(answers))
             kept.add(turn)
             print(

@@ -11,7 +11,7 @@ from raee_serve.evaluation.asking import Answer
 from raee_serve.evaluation.documents import answer_settings
 from raee_serve.evaluation.metrics import rouge, rouge_l
 from raee_serve.evaluation.paired import compare_scores
-from raee_serve.evaluation.summaries import known_exits, main
+from raee_serve.evaluation.summaries import known_exits, main, write
 from raee_serve.evaluation.summary_report import as_fields, as_markdown, draw, published, results
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Turn, rows_of
 from raee_serve.fingerprint import BackboneIdentity
@@ -119,6 +119,19 @@ def test_table_and_picture(tmp_path):
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     draw(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_backbone_after_the_other_makes_one_report(tmp_path):
+    own = results([FULL_DEPTH], [turn("full depth", 0, REFERENCES)], REFERENCES)
+    other = results([FULL_DEPTH], [turn("full depth", 0, ["the dog", "", ""])], REFERENCES)
+    write({"a": {"xsum_chat": other}}, tmp_path)
+    write({"b": {"xsum_shots": other}}, tmp_path)
+    written = write({"a": {"xsum_chat": own}}, tmp_path)
+    models = json.loads(written.splitlines()[-1])["models"]
+    assert models["a"]["xsum_chat"]["rows"] == [as_fields(row) for row in own]
+    assert models["b"]["xsum_shots"]["rows"] == [as_fields(row) for row in other]
+    assert json.loads((tmp_path / "summaries.json").read_text())["models"] == models
+    assert "### b, xsum_shots" in (tmp_path / "summaries.md").read_text()
 
 
 def test_the_paper_has_two_data_sets():
