@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from raee_serve.errors import TaskError
 from raee_serve.evaluation.run import shuffled_rows
-from raee_serve.table.datasets import Example, shuffled_examples
+from raee_serve.table.datasets import Example, shortened, shuffled_examples
 from raee_serve.table.schema import row_id
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
@@ -20,34 +19,32 @@ SEED = 0
 def documents_to_test(
     task: Task, root: str | None, limit: int | None, seed: int = SEED, words: int = WORDS
 ) -> list[Example]:
-    """As `shuffled_rows`, the documents cut to their first `words`."""
+    """As `shuffled_rows`, shortened."""
     return shortened(shuffled_rows(task, root, limit, seed), words)
 
 
 def unseen_documents(
     table: ExitTable, task: Task, root: str | None, documents: int, words: int = WORDS
 ) -> list[Example]:
-    """The next training documents after those that the table's rows were made of, shortened.
+    """The next training documents after those that the table's rows were made of, whole or
+    shortened alike; shortened.
 
     Raises TaskError if there are not so many.
     """
     known = set(table.rows(task.name, vectors=False).ids)
+    whole = shuffled_examples(task, "train", root, SEED)
     unseen = [
-        example
-        for example in shuffled_examples(task, "train", root, SEED)
-        if row_id(task.name, example.text, example.gold) not in known
+        short
+        for pair in zip(whole, shortened(whole, words), strict=True)
+        if known.isdisjoint(row_id(task.name, e.text, e.gold) for e in pair)
+        for short in pair[1:]
     ]
     if len(unseen) < documents:
         raise TaskError(
             f"task {task.name} has {len(unseen)} training documents that {table.uri} lacks, "
             f"{documents} are asked for"
         )
-    return shortened(unseen[:documents], words)
-
-
-def shortened(rows: Sequence[Example], words: int = WORDS) -> list[Example]:
-    """The documents cut to their first `words`."""
-    return [Example(" ".join(row.text.split()[:words]), row.gold) for row in rows]
+    return unseen[:documents]
 
 
 def answer_settings(task: Task, max_tokens: int) -> dict[str, Any]:

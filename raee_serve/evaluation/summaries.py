@@ -202,7 +202,7 @@ def build_table(args: argparse.Namespace, part: Part) -> None:
     resolve_backbone(part.model)  # converts it the first time
     tasks = [flag for task in part.tasks for flag in ("--task", task.name)]
     command = ["build", "--model", part.model, *tasks, "--shortcuts", "--table", part.table]
-    command += ["--data", args.data, "--limit", str(args.table_rows)]
+    command += ["--data", args.data, "--limit", str(args.table_rows), "--words", str(args.words)]
     print(f"$ raee-serve {' '.join(command)}", flush=True)
     if subprocess.run([sys.executable, "-m", "raee_serve.cli", *command], check=False).returncode:
         raise RaeeError(f"no table for {part.model}")

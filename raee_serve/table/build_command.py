@@ -14,7 +14,13 @@ from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import Shortcuts, stored_shortcuts
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder, finish_task, plan_task
-from raee_serve.table.datasets import Example, add_data_argument, shuffled_examples
+from raee_serve.table.datasets import (
+    Example,
+    add_data_argument,
+    add_words_argument,
+    shortened,
+    shuffled_examples,
+)
 from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.shortcuts import DEFAULT_TOKENS, default_layers
@@ -37,6 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--table", required=True, metavar="DIR", help="new, or to be added to")
     add_data_argument(parser)
+    add_words_argument(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="rows a task (default: all)")
     parser.add_argument("--encoder", default="minilm", help="packaged name, directory or hub id")
     parser.add_argument(
@@ -86,7 +93,10 @@ def run(args: Namespace) -> None:
     # Everything cheap that can fail comes before the backbone is loaded.
     tasks = [get_task(name) for name in dict.fromkeys(args.task)]
     # The same rows for the same seed and limit, and more of the same for a higher limit.
-    texts = [(task, shuffled_examples(task, "train", args.data, args.seed)) for task in tasks]
+    texts = [
+        (task, shortened(shuffled_examples(task, "train", args.data, args.seed), args.words))
+        for task in tasks
+    ]
     work = [(task, rows[: args.limit]) for task, rows in texts]
     if args.shortcuts and not any(task.kind == "free-text" for task, _ in work):
         raise RaeeError("--shortcuts needs a free-text task among those that are built")

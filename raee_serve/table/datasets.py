@@ -77,6 +77,16 @@ def add_data_argument(parser: ArgumentParser) -> None:
     )
 
 
+def add_words_argument(parser: ArgumentParser) -> None:
+    """--words, as `shortened` takes it."""
+    parser.add_argument(
+        "--words",
+        type=int,
+        metavar="N",
+        help="of a text, from its beginning: as many as clients will send (default: all)",
+    )
+
+
 def load_examples(task: Task, split: Split, root: str | Path | None = None) -> list[Example]:
     """All examples of one split, blank texts dropped.
 
@@ -105,6 +115,21 @@ def shuffled_examples(
     examples = load_examples(task, split, root)
     random.Random(seed).shuffle(examples)
     return examples
+
+
+def shortened(examples: Iterable[Example], words: int | None) -> list[Example]:
+    """Their texts cut to the first `words`; longer ones then have single spaces between words.
+
+    None leaves them as they are. Raises TaskError for fewer than one.
+    """
+    if words is not None and words < 1:
+        raise TaskError(f"--words {words} is not allowed, it must be at least 1")
+    return [Example(_beginning(e.text, words), e.gold) for e in examples]
+
+
+def _beginning(text: str, words: int | None) -> str:
+    parts = text.split()
+    return text if words is None or len(parts) <= words else " ".join(parts[:words])
 
 
 Rows = Iterable[tuple[str, Mapping[str, Any]]]

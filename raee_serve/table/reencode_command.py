@@ -14,7 +14,7 @@ from tqdm import tqdm
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import beside_table, find_shortcuts
-from raee_serve.table.datasets import add_data_argument
+from raee_serve.table.datasets import add_data_argument, add_words_argument
 from raee_serve.table.key_texts import key_texts
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
@@ -32,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--encoder", required=True, help="packaged name, directory or hub id")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new table; must not exist")
     add_data_argument(parser)
+    add_words_argument(parser)
 
 
 def run(args: Namespace) -> None:
@@ -40,7 +41,9 @@ def run(args: Namespace) -> None:
     old = ExitTable.open(args.table)
     # Everything cheap that can fail comes before anything is encoded.
     rows = {name: old.rows(name) for name in old.metadata.tasks}
-    texts = {name: key_texts(get_task(name), own, args.data) for name, own in rows.items()}
+    texts = {
+        name: key_texts(get_task(name), own, args.data, args.words) for name, own in rows.items()
+    }
     encoder = Encoder(args.encoder, threads=torch.get_num_threads())
     new = ExitTable.open_or_create(
         args.out, TableMetadata(old.metadata.backbone, encoder.identity())

@@ -7,7 +7,7 @@ maps are worth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,9 @@ from raee_serve.shortcuts import Shortcut, Shortcuts
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Item, length_batches
 
-DEPTHS = (0.61, 0.72, 0.83, 0.9)
-"""Shares of the depth that have shortcuts by default, besides the last layer but one."""
+DEPTHS = (0.72, 0.83, 0.9)
+"""Shares of the depth that have shortcuts by default, besides the last layer but one: before them
+answers by a linear map have little to do with full depth's."""
 DEFAULT_TOKENS = 100_000
 ANSWER_WEIGHT = 4.0
 """How much the state at an answering position counts, one anywhere else counting 1: exits are taken
@@ -29,10 +30,27 @@ at such positions alone, but texts have few of them."""
 HELD_OUT_EVERY = 4
 """One document of so many is held out, beside the tokens that are fitted on."""
 JUDGED_TOKENS = 2048
-"""Positions of held-out documents whose states are kept until the end, at most: those that their
-references are predicted from, or all where there is none."""
+"""Positions of a task's held-out documents whose states are kept until the end, at most: those that
+their references are predicted from, or all where there is none."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Shares of a feature's own sum of squares that its coefficient is penalised with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Share of `judged` held-out positions of a task at which a head's most probable token is full
+    depth's."""
+
+    task: str
+    plain: float
+    shortcut: float
+    judged: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.plain:.3f} plain, {self.shortcut:.3f} by shortcut on {self.task} "
+            f"({self.judged} held-out tokens)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +58,18 @@ class LayerReport:
     """What one map is worth on held-out tokens.
 
     ridge: the one of `RIDGES` that was chosen; error: mean squared distance from the last layer's
-    state over its mean square. plain, shortcut: share of `judged` positions at which that head's
-    most probable token is full depth's.
+    state over its mean square.
     """
 
     layer: int
     ridge: float
     error: float
-    plain: float
-    shortcut: float
-    judged: int
+    agreements: tuple[Agreement, ...]
 
     def __str__(self) -> str:
         return (
-            f"layer {self.layer}: agreement with full depth {self.plain:.3f} plain, "
-            f"{self.shortcut:.3f} by shortcut ({self.judged} held-out tokens; ridge "
-            f"{self.ridge:g}, error {self.error:.3f})"
+            f"layer {self.layer} (ridge {self.ridge:g}, error {self.error:.3f}): agreement with "
+            f"full depth {', '.join(map(str, self.agreements))}"
         )
 
 
@@ -102,34 +116,41 @@ def split_documents(items: Iterable[Item], max_tokens: int) -> tuple[list[Item],
 def fit_shortcuts(
     probe: LayerProbe,
     backbone: BackboneIdentity,
-    items: tuple[Sequence[Item], Sequence[Item]],
+    items: tuple[Sequence[Item], Mapping[str, Sequence[Item]]],
     layers: Sequence[int],
     batch_tokens: int,
     *,
     progress: bool = True,
 ) -> tuple[Shortcuts, list[LayerReport]]:
-    """The maps of `layers`, and what each is worth. items: (to fit on, held out).
+    """The maps of `layers`, and what each is worth. items: (to fit on, held out of each task).
 
     Sums take 16 * hidden^2 bytes a layer.
     """
     fitted, held_out = items
     every_layer = [*layers, probe.num_layers]
     sums = {layer: _NormalEquations() for layer in layers}
-    total = sum(item.length for item in [*fitted, *held_out])
+    every_item = [*fitted, *(item for own in held_out.values() for item in own)]
+    total = sum(item.length for item in every_item)
     with tqdm(total=total, desc="shortcuts", unit="token", disable=not progress) as bar:
         for states, answering in _passes(probe, fitted, every_layer, batch_tokens, bar):
             weight = torch.where(answering, ANSWER_WEIGHT, 1.0)
             for layer, equations in sums.items():
                 equations.add(states[layer], states[probe.num_layers], weight)
-        judge = _Judge(probe, _passes(probe, held_out, every_layer, batch_tokens, bar))
+        judges = {
+            task: _Judge(probe, _passes(probe, own, every_layer, batch_tokens, bar))
+            for task, own in held_out.items()
+        }
     maps, reports = {}, []
     for layer, equations in sums.items():
         candidates = {ridge: equations.solved(ridge) for ridge in RIDGES}
-        errors = {ridge: judge.error(layer, candidates[ridge]) for ridge in RIDGES}
+        errors = {
+            ridge: _mean_error(judges.values(), layer, shortcut)
+            for ridge, shortcut in candidates.items()
+        }
         ridge = min(RIDGES, key=errors.__getitem__)
         maps[layer] = candidates[ridge]
-        agreements = judge.agreements(layer, maps[layer])
-        reports.append(LayerReport(layer, ridge, errors[ridge], *agreements, judge.judged))
+        agreements = (judge.agreement(task, layer, maps[layer]) for task, judge in judges.items())
+        reports.append(LayerReport(layer, ridge, errors[ridge], tuple(agreements)))
     return Shortcuts(backbone, maps), reports
 
 
@@ -170,7 +191,7 @@ class _NormalEquations:
 
 
 class _Judge:
-    """What maps are worth at answering positions of held-out documents.
+    """What maps are worth at answering positions of a task's held-out documents.
 
     judged: how many positions those are.
     """
@@ -192,12 +213,17 @@ class _Judge:
         away = (shortcut(self._states[layer]) - self._last).square().mean(dim=1)
         return float((away / self._last.square().mean(dim=1)).mean())
 
-    def agreements(self, layer: int, shortcut: Shortcut) -> tuple[float, float]:
-        """(plain, by shortcut) with full depth."""
+    def agreement(self, task: str, layer: int, shortcut: Shortcut) -> Agreement:
         states = self._states[layer]
         tops = [self._probe.top_tokens(at) for at in (states, shortcut(states))]
         plain, short = (float((top == self._full).float().mean()) for top in tops)
-        return plain, short
+        return Agreement(task, plain, short, self.judged)
+
+
+def _mean_error(judges: Iterable[_Judge], layer: int, shortcut: Shortcut) -> float:
+    """Over all positions."""
+    errors = [(judge.error(layer, shortcut), judge.judged) for judge in judges]
+    return sum(error * n for error, n in errors) / sum(n for _, n in errors)
 
 
 def _passes(

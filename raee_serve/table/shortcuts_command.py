@@ -11,7 +11,13 @@ from raee_serve.errors import RaeeError, TableError
 from raee_serve.fingerprint import BackboneIdentity, identify_backbone
 from raee_serve.shortcuts import Shortcuts, beside_table
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS
-from raee_serve.table.datasets import Example, add_data_argument, shuffled_examples
+from raee_serve.table.datasets import (
+    Example,
+    add_data_argument,
+    add_words_argument,
+    shortened,
+    shuffled_examples,
+)
 from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.rows import Item, ItemMaker
 from raee_serve.table.schema import TaskEntry
@@ -49,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=int,
         metavar="N",
-        help="exit layers that get a shortcut (default: five in the second half of the backbone)",
+        help="exit layers that get a shortcut (default: four in the last third of the backbone)",
     )
     parser.add_argument(
         "--tokens",
@@ -68,6 +74,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of each task's text")
     add_file_argument(parser)
     add_data_argument(parser)
+    add_words_argument(parser)
 
 
 def add_file_argument(parser: ArgumentParser) -> None:
@@ -87,7 +94,10 @@ def run(args: Namespace) -> None:
     backbone = identify_backbone(checkpoint)
     layers = check_layers(args.layers or default_layers(backbone.num_layers), backbone.num_layers)
     tasks = _tasks(args, backbone)
-    work = [(task, shuffled_examples(task, "train", args.data, args.seed)) for task in tasks]
+    work = [
+        (task, shortened(shuffled_examples(task, "train", args.data, args.seed), args.words))
+        for task in tasks
+    ]
     probe = LayerProbe(checkpoint, DTYPES[args.dtype])
     fit_and_store(probe, backbone, work, layers, args.tokens, target)
 
@@ -117,17 +127,17 @@ def fit_and_store(
     work: all of a task's training rows, in the order in which a build takes them.
     """
     fitted: list[Item] = []
-    held_out: list[Item] = []
+    held_out: dict[str, list[Item]] = {}
     for task, examples in work:
         parts = split_documents(_items(task, examples, probe), max_tokens // len(work))
         fitted += parts[0]
-        held_out += parts[1]
+        held_out[task.name] = parts[1]
     shortcuts, reports = fit_shortcuts(
         probe, backbone, (fitted, held_out), layers, DEFAULT_BATCH_TOKENS
     )
     shortcuts.save(target)
-    names = ", ".join(task.name for task, _ in work)
-    print(f"shortcuts fitted on {len(fitted)} documents of {names}, {len(held_out)} held out:")
+    names, others = ", ".join(held_out), sum(map(len, held_out.values()))
+    print(f"shortcuts fitted on {len(fitted)} documents of {names}, {others} held out:")
     for report in reports:
         print(f"  {report}")
     print(f"raee-serve: stored shortcuts {shortcuts.digest} in {target}", flush=True)

@@ -8,10 +8,10 @@ import pytest
 from raee_serve.cli import main
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.calibrate_command import Budget
-from raee_serve.evaluation.documents import SEED, shortened, unseen_documents
+from raee_serve.evaluation.documents import SEED, WORDS, unseen_documents
 from raee_serve.retrieval.aggregate import RULES, decide
 from raee_serve.retrieval.leave_one_out import LeaveOneOut, Outcome, frontier
-from raee_serve.table.datasets import shuffled_examples
+from raee_serve.table.datasets import shortened, shuffled_examples
 from raee_serve.table.evidence import label_evidence
 from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows, row_id
 from raee_serve.table.store import ExitTable
@@ -145,7 +145,7 @@ def test_answers_are_to_documents_that_the_table_lacks(tmp_path):
     found = np.full((1, 2), 0.5, np.float32)
     ids = [row_id(task.name, known.text, known.gold)]
     table.add(task.name, TaskRows(ids, unit_vectors(1), None, None, found, found, found))
-    assert unseen_documents(table, task, None, 3) == shortened(unseen[:3])
+    assert unseen_documents(table, task, None, 3) == shortened(unseen[:3], WORDS)
     with pytest.raises(TaskError, match=f"has {len(unseen)} training documents that .* lacks"):
         unseen_documents(table, task, None, len(unseen) + 1)
 

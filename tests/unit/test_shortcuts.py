@@ -123,8 +123,8 @@ def test_where_they_are_looked_for(tmp_path, shortcuts):
 
 
 def test_layers_are_before_the_last():
-    assert default_layers(30) == (18, 22, 25, 27, 29)
-    assert default_layers(18) == (11, 13, 15, 16, 17)
+    assert default_layers(30) == (22, 25, 27, 29)
+    assert default_layers(18) == (13, 15, 16, 17)
     assert default_layers(2) == (1,) and default_layers(1) == ()
     assert check_layers([3, 1, 3], 4) == (1, 3)
     for wrong in ([], [0, 1], [4]):
@@ -162,22 +162,25 @@ def last_layers_linear(model):
 def test_a_linear_rest_of_the_model_is_found(probe, backbone):
     """Then the map is exact, and agreement with full depth perfect."""
     second, last = last_layers_linear(probe._decoder)
-    work = (items(1), items(2, num_sequences=4))
+    held_out = {"a": items(2, num_sequences=4), "b": items(3, num_sequences=3)}
+    work = (items(1), held_out)
     found, reports = fit_shortcuts(probe, backbone, work, (2, 3), 200, progress=False)
     states = torch.randn(5, 32)
     torch.testing.assert_close(found.by_layer[3](states), last(states), rtol=1e-2, atol=1e-2)
     both = last(second(states))
     torch.testing.assert_close(found.by_layer[2](states), both, rtol=1e-2, atol=1e-2)
     assert [report.layer for report in reports] == [2, 3]
-    assert all(report.judged == 4 * 20 for report in reports)
-    assert all(report.shortcut > 0.95 > report.plain for report in reports)
+    for report in reports:
+        assert [(a.task, a.judged) for a in report.agreements] == [("a", 4 * 20), ("b", 3 * 20)]
+        assert all(a.shortcut > 0.95 > a.plain for a in report.agreements)
     assert all(report.error < 1e-3 and report.ridge == 1e-4 for report in reports)
 
 
 def test_the_fit_is_ridge_regression_drawn_to_the_identity(probe, backbone):
     """By hand, in one go, with the ridge that was chosen."""
     fitted = items(1)
-    found, [report] = fit_shortcuts(probe, backbone, (fitted, items(2)), (2,), 100, progress=False)
+    work = (fitted, {"a": items(2)})
+    found, [report] = fit_shortcuts(probe, backbone, work, (2,), 100, progress=False)
     states = probe.states([[*i.prompt, *i.reference] for i in fitted], (2, NUM_LAYERS))
     x, y = states[2].double(), states[NUM_LAYERS].double()
     answering = torch.tensor([[0.0] * 19 + [1] * 20 + [0]] * len(fitted)).reshape(-1, 1)
@@ -297,7 +300,9 @@ def test_fit_then_build_then_refit(checkpoint, data, tmp_path, capsys):
     assert cli.main(fit) == 1 and "name tasks with --task" in capsys.readouterr().err
     assert cli.main([*fit, "--task", "xsum"]) == 0
     told = capsys.readouterr().out
-    assert re.search(r"layer 3: agreement with full depth 0\.\d+ plain, 0\.\d+ by shortcut", told)
+    assert re.search(
+        r"layer 3 .*: agreement with full depth 0\.\d+ plain, 0\.\d+ by shortcut", told
+    )
     first = Shortcuts.load(tmp_path / "table" / FILE_NAME)
     assert cli.main(["build", *common, "--task", "xsum"]) == 0
     assert ExitTable.open(uri).metadata.tasks["xsum"].shortcuts == first.digest
