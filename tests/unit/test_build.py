@@ -239,6 +239,30 @@ def test_command_replaces_a_task_of_another_template(tmp_path, smollm2, capsys, 
     assert table.metadata.tasks["sst2"].version == changed.version and table.count_rows() == 6
 
 
+def test_command_cuts_texts_as_clients_do(tmp_path, smollm2, capsys):
+    model = str(tokenized_llama(tmp_path / "model", smollm2))
+    data, uri = str(write_data(tmp_path / "data")), str(tmp_path / "table")
+    command = ["build", "--model", model, "--task", "sst2", "--data", data, "--table", uri]
+    assert cli.main([*command, "--words", "1", "--store-text"]) == 0
+    assert {text for text in ExitTable.open(uri).rows("sst2").texts if text} == {"fine", "dull"}
+    other = [
+        "table",
+        "reencode",
+        f"{uri}-1",
+        "--encoder",
+        "minilm",
+        "--data",
+        data,
+        "--out",
+        f"{uri}-2",
+    ]
+    assert cli.main(["build", "--model", model, *command[3:-1], f"{uri}-1", "--words", "1"]) == 0
+    assert cli.main(other) == 1
+    assert "were they built with another --words?" in capsys.readouterr().err
+    assert cli.main([*other, "--words", "1"]) == 0
+    assert ExitTable.open(f"{uri}-2").count_rows() == 2
+
+
 def test_command_refuses_another_backbone(tmp_path, smollm2, capsys):
     first, second = (str(tokenized_llama(tmp_path / str(seed), smollm2, seed)) for seed in (1, 2))
     data, uri = str(write_data(tmp_path / "data")), str(tmp_path / "table")

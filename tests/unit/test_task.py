@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from raee_serve.errors import TaskError
-from raee_serve.table.datasets import DemoSet, Example, HubSet, LocalSet, load_examples
+from raee_serve.table.datasets import (
+    DemoSet,
+    Example,
+    HubSet,
+    LocalSet,
+    load_examples,
+    shortened,
+)
 from raee_serve.table.prompts import ChatPrompt, CompletionPrompt
 from raee_serve.table.task import Task, answer_token_ids, prompt_token_ids
 from raee_serve.table.tasks import TASKS, get_task
@@ -228,3 +235,11 @@ def test_demo_sets_ship_with_the_package():
     for task in tasks:
         for split in ("train", "test"):
             assert len(load_examples(task, split)) >= 8
+
+
+def test_texts_are_cut_to_their_first_words_and_short_ones_left_alone():
+    whole = [Example("rain  fell all\nday", "wet"), Example("no  rain", "dry")]
+    assert shortened(whole, None) == whole
+    assert shortened(whole, 3) == [Example("rain fell all", "wet"), whole[1]]
+    with pytest.raises(TaskError, match="--words 0 is not allowed"):
+        shortened(whole, 0)
