@@ -128,16 +128,16 @@ def fit_shortcuts(
     """
     fitted, held_out = items
     every_layer = [*layers, probe.num_layers]
-    sums = {layer: _NormalEquations() for layer in layers}
+    sums = {layer: NormalEquations() for layer in layers}
     every_item = [*fitted, *(item for own in held_out.values() for item in own)]
     total = sum(item.length for item in every_item)
     with tqdm(total=total, desc="shortcuts", unit="token", disable=not progress) as bar:
-        for states, answering in _passes(probe, fitted, every_layer, batch_tokens, bar):
+        for states, answering in passes(probe, fitted, every_layer, batch_tokens, bar):
             weight = torch.where(answering, ANSWER_WEIGHT, 1.0)
             for layer, equations in sums.items():
                 equations.add(states[layer], states[probe.num_layers], weight)
         judges = {
-            task: _Judge(probe, _passes(probe, own, every_layer, batch_tokens, bar))
+            task: Judge(probe, passes(probe, own, every_layer, batch_tokens, bar))
             for task, own in held_out.items()
         }
     maps, reports = {}, []
@@ -154,7 +154,7 @@ def fit_shortcuts(
     return Shortcuts(backbone, maps), reports
 
 
-class _NormalEquations:
+class NormalEquations:
     """Sums for the regression of what the layers after one add to the state on that state.
 
     Tokens count by one over the square of their last state, as the final norm is going to see
@@ -180,6 +180,15 @@ class _NormalEquations:
             self._squares += squares
             self._products += products
 
+    def plus(self, other: NormalEquations, weight: float = 1.0) -> NormalEquations:
+        """The sums of both, the other's counting so much."""
+        assert self._squares is not None and self._products is not None, "nothing was added"
+        assert other._squares is not None and other._products is not None, "nothing was added"
+        total = NormalEquations()
+        total._squares = self._squares + weight * other._squares
+        total._products = self._products + weight * other._products
+        return total
+
     def solved(self, ridge: float) -> Shortcut:
         """The map under that penalty, in float32."""
         assert self._squares is not None and self._products is not None, "nothing was added"
@@ -190,7 +199,7 @@ class _NormalEquations:
         return Shortcut(weight.float().cpu(), found[-1].float().cpu())
 
 
-class _Judge:
+class Judge:
     """What maps are worth at answering positions of a task's held-out documents.
 
     judged: how many positions those are.
@@ -199,7 +208,7 @@ class _Judge:
     def __init__(
         self, probe: LayerProbe, passes: Iterable[tuple[dict[int, Tensor], Tensor]]
     ) -> None:
-        """passes: all are run, as `_passes` gives them."""
+        """passes: all are run, as `passes` gives them."""
         self._probe = probe
         kept: list[dict[int, Tensor]] = []
         for states, answering in passes:
@@ -220,13 +229,13 @@ class _Judge:
         return Agreement(task, plain, short, self.judged)
 
 
-def _mean_error(judges: Iterable[_Judge], layer: int, shortcut: Shortcut) -> float:
+def _mean_error(judges: Iterable[Judge], layer: int, shortcut: Shortcut) -> float:
     """Over all positions."""
     errors = [(judge.error(layer, shortcut), judge.judged) for judge in judges]
     return sum(error * n for error, n in errors) / sum(n for _, n in errors)
 
 
-def _passes(
+def passes(
     probe: LayerProbe, items: Sequence[Item], layers: Sequence[int], batch_tokens: int, bar: tqdm
 ) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
     """Batch by batch: the states by layer, and [positions] which of them answer: those that the
