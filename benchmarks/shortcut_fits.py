@@ -87,7 +87,7 @@ class Way:
 
 
 def ways() -> list[Way]:
-    """The first is what `shortcuts fit` does."""
+    """The first is what `shortcuts fit` does, with one penalty."""
 
     def all_tasks(part: Part, task: str) -> bool:
         return part[1] == "references"

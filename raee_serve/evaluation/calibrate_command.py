@@ -13,6 +13,7 @@ from typing import Literal, cast
 from tqdm import tqdm
 
 from raee_serve.errors import RaeeError, TaskError
+from raee_serve.evaluation.documents import WORDS, unseen_documents
 from raee_serve.retrieval.aggregate import QUALITY
 from raee_serve.retrieval.drawing import pyplot
 from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
@@ -25,7 +26,7 @@ from raee_serve.retrieval.leave_one_out import (
     frontier,
 )
 from raee_serve.retrieval.left_out import left_out
-from raee_serve.table.datasets import add_data_argument
+from raee_serve.table.datasets import add_data_argument, add_words_argument
 from raee_serve.table.schema import RuleChoice, TaskEntry
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
@@ -132,6 +133,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--base-url", metavar="URL", help="a running raee-serve that answers for --generate"
     )
     add_data_argument(parser)
+    add_words_argument(parser, WORDS)
 
 
 def run(args: Namespace) -> None:
@@ -141,6 +143,8 @@ def run(args: Namespace) -> None:
         raise RaeeError(f"--png draws one task, but {len(args.task)} are given")
     if args.generate is not None and (args.generate < 1 or not args.model):
         raise RaeeError(f"--generate {args.generate} needs at least 1 document, and --model")
+    if args.generate is None and (args.model or args.base_url):
+        raise RaeeError("--model and --base-url go with --generate N")
     table = ExitTable.open(args.table)
     for name in args.task:
         entry = _entry(table, name)
@@ -190,11 +194,10 @@ def _left_out(table: ExitTable, name: str) -> Tried:
 
 
 def _generated(table: ExitTable, name: str, args: Namespace) -> Tried:
-    from raee_serve.evaluation.documents import unseen_documents
     from raee_serve.evaluation.generated import generated_outcomes
 
     task = get_task(name)
-    examples = unseen_documents(table, task, args.data, args.generate)
+    examples = unseen_documents(table, task, args.data, args.generate, args.words)
     outcomes = generated_outcomes(args.model, table, task, examples, args.base_url)
     return Tried(f"{len(examples)} documents that the table lacks", "ROUGE-L", outcomes)
 
@@ -225,10 +228,8 @@ def _entry(table: ExitTable, name: str) -> TaskEntry:
 
 
 def _rows(table: ExitTable, name: str) -> LeaveOneOut | FreeTextLeaveOneOut:
-    rows, entry = table.rows(name), table.metadata.tasks[name]
-    if len(rows) < 2:
-        raise TaskError(f"task {name} has {len(rows)} rows in {table.uri}; at least 2 are needed")
-    return left_out(rows, entry, table.metadata.backbone.num_layers)
+    entry, num_layers = table.metadata.tasks[name], table.metadata.backbone.num_layers
+    return left_out(table.rows(name), entry, num_layers)
 
 
 def _draw(name: str, tried: Tried, best: Sequence[Outcome], chosen: Outcome, target: Path) -> None:

@@ -32,13 +32,11 @@ def unseen_documents(
     Raises TaskError if there are not so many.
     """
     known = set(table.rows(task.name, vectors=False).ids)
-    whole = shuffled_examples(task, "train", root, SEED)
-    unseen = [
-        short
-        for pair in zip(whole, shortened(whole, words), strict=True)
-        if known.isdisjoint(row_id(task.name, e.text, e.gold) for e in pair)
-        for short in pair[1:]
-    ]
+    unseen = []
+    examples = shuffled_examples(task, "train", root, SEED)
+    for whole, short in zip(examples, shortened(examples, words), strict=True):
+        if known.isdisjoint(row_id(task.name, e.text, e.gold) for e in (whole, short)):
+            unseen.append(short)
     if len(unseen) < documents:
         raise TaskError(
             f"task {task.name} has {len(unseen)} training documents that {table.uri} lacks, "

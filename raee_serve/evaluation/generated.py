@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from openai import OpenAIError
 from scipy.optimize import isotonic_regression
 
+from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import SUMMARY_TOKENS, Asker, asker
 from raee_serve.evaluation.documents import answer_settings
 from raee_serve.evaluation.run import LENGTH_FLAGS, PATIENCE_FLAGS
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.evaluation.summary_report import results
 from raee_serve.evaluation.summary_turns import Kept, accepted, ask_all, rows_of
-from raee_serve.retrieval.aggregate import QUALITY_RULE
 from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.leave_one_out import Outcome
 from raee_serve.retrieval.left_out import left_out
+from raee_serve.retrieval.task_index import choice_of, quality_neighbours
 from raee_serve.table.datasets import Example
 from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
@@ -33,7 +35,7 @@ def generated_outcomes(
 ) -> list[Outcome]:
     """As `outcomes_of_answers`, of a raee-serve of that model and table.
 
-    base_url: None starts one. Raises ServerStartError.
+    base_url: None starts one. Raises RaeeError for a server that does not start or answer.
     """
     choices = differing_choices(table, task)
     flags = ["--table", table.uri, *PATIENCE_FLAGS, *LENGTH_FLAGS]
@@ -43,7 +45,11 @@ def generated_outcomes(
     ):
         server = asker(url, model, answer_settings(task, SUMMARY_TOKENS))
         kept = Kept(Path(scratch) / "answers.jsonl", {})
-        return asyncio.run(outcomes_of_answers(server, choices, task, examples, kept, CONCURRENCY))
+        asked = outcomes_of_answers(server, choices, task, examples, kept, CONCURRENCY)
+        try:
+            return asyncio.run(asked)
+        except OpenAIError as error:
+            raise RaeeError(f"{url} does not answer for {model}: {error}") from error
 
 
 async def outcomes_of_answers(
@@ -58,10 +64,12 @@ async def outcomes_of_answers(
     answers to the examples keep, asked for `at` at once.
 
     choices: deepest first. Answers are noisy, so shares are fitted that fall with the depth
-    (isotonic regression).
+    (isotonic regression). Raises RaeeError where the server refuses any of them.
     """
-    budgets = {choice.quality: choice.quality for choice in choices}
-    rows = await accepted(server, task, examples[0].text, rows_of([], budgets))
+    asked = rows_of([], {choice.quality: choice for choice in choices})
+    rows = await accepted(server, task, examples[0].text, asked)
+    if refused := [row.name for row in asked if row not in rows]:
+        raise RaeeError(f"task {task.name}: the server refuses {', '.join(refused)}")
     await ask_all(server, task, examples, rows, kept, at)
     turns = [turn for turn in kept.turns if turn.task == task.name]
     found = results(rows, turns, [str(example.gold) for example in examples])[1:]
@@ -76,12 +84,12 @@ def differing_choices(table: ExitTable, task: Task) -> list[RuleChoice]:
     """Rule `quality` with thresholds of which no two take the table's own rows to the same layer,
     on average; the deepest first.
 
-    Raises TableError for unusable rows.
+    Raises TableError for unusable rows, TaskError for too few.
     """
     entry, num_layers = table.metadata.tasks[task.name], table.metadata.backbone.num_layers
     rows = left_out(table.rows(task.name), entry, num_layers)
     assert isinstance(rows, FreeTextLeaveOneOut)
     by_layer: dict[int, RuleChoice] = {}
-    for outcome in rows.outcomes(QUALITY_RULE.k):
+    for outcome in rows.outcomes(quality_neighbours(choice_of(table.metadata, entry))):
         by_layer.setdefault(round(outcome.depth * num_layers), outcome.choice)
     return [by_layer[layer] for layer in sorted(by_layer, reverse=True)]

@@ -41,9 +41,10 @@ from raee_serve.evaluation.summary_report import (
     results,
 )
 from raee_serve.evaluation.summary_turns import Kept, Row, accepted, ask_all, rows_of
+from raee_serve.retrieval.free_text import quality_choice
 from raee_serve.retrieval.leave_one_out import Outcome
-from raee_serve.table.datasets import Example, add_data_argument
-from raee_serve.table.schema import TableMetadata
+from raee_serve.table.datasets import Example, add_data_argument, add_words_argument
+from raee_serve.table.schema import RuleChoice, TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
@@ -82,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def part_of(args: argparse.Namespace, model: str) -> Part:
     """Raises TaskError for tasks that are no summaries, or whose documents are not there."""
+    if args.limit < 1 or args.calibrate < 0:
+        raise TaskError(
+            f"--limit {args.limit} must be at least 1, --calibrate {args.calibrate} at least 0"
+        )
     names = args.task or TASKS.get(model)
     if not names:
         raise TaskError(f"name tasks for {model} (--task); only {', '.join(TASKS)} have defaults")
@@ -138,17 +143,17 @@ async def calibrated(
     url: str,
     table: ExitTable,
     unseen: Mapping[str, Sequence[Example]],
-) -> dict[str, dict[float, float]]:
-    """By task: what rule `quality` is asked for, by the share of ROUGE-L that it is to keep.
+) -> dict[str, dict[float, RuleChoice | None]]:
+    """By task: how exits are chosen, by the share of ROUGE-L that they are to keep.
 
-    unseen: by task, the documents whose answers say it; without any, shares are asked for as they
-    are. A share that no exit keeps is full depth's.
+    unseen: by task, the documents whose answers say it; without any, rule `quality` is asked for
+    the shares as they are. None for a share that no exit keeps.
     """
     kept = Kept(args.out / f"{part.model}.calibration.jsonl", settings_of(args, part, table))
-    found: dict[str, dict[float, float]] = {}
+    found: dict[str, dict[float, RuleChoice | None]] = {}
     for task in part.tasks:
         examples = unseen[task.name]
-        found[task.name] = {budget: budget for budget in args.budgets}
+        found[task.name] = {budget: quality_choice(budget) for budget in args.budgets}
         if not examples:
             continue
         server = asker(url, part.model, answer_settings(task, args.max_tokens))
@@ -159,18 +164,21 @@ async def calibrated(
         for budget in args.budgets:
             able = [outcome for outcome in outcomes if outcome.accuracy >= budget]
             chosen = min(able, key=lambda outcome: outcome.depth, default=None)
-            found[task.name][budget] = chosen.choice.quality if chosen else 1.0
+            found[task.name][budget] = chosen.choice if chosen else None
         print(f"raee-serve: {task.name}: {said(outcomes, found[task.name])}", flush=True)
     return found
 
 
-def said(outcomes: Sequence[Outcome], budgets: Mapping[float, float]) -> str:
+def said(outcomes: Sequence[Outcome], budgets: Mapping[float, RuleChoice | None]) -> str:
     """What was found, and what was made of it."""
     tried = "; ".join(
         f"quality {o.choice.quality:g} keeps {o.accuracy:.3f} at depth {o.depth:.3f}"
         for o in outcomes
     )
-    made = ", ".join(f"{asked:g} to keep {budget:g}" for budget, asked in budgets.items())
+    made = ", ".join(
+        f"{choice.quality if choice else 'full depth'} to keep {budget:g}"
+        for budget, choice in budgets.items()
+    )
     return f"{tried}. Asked for: {made}"
 
 
@@ -263,12 +271,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="training documents a task that the table lacks, by whose answers --budgets become "
         "thresholds of rule quality; 0 asks the rule for the budgets as they are (default: 100)",
     )
-    parser.add_argument(
-        "--words",
-        type=int,
-        default=WORDS,
-        help=f"of a document, from its beginning (default: {WORDS})",
-    )
+    add_words_argument(parser, WORDS)
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer (default: 64)")
     parser.add_argument(
         "--exits",

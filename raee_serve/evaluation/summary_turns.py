@@ -18,6 +18,7 @@ from openai import BadRequestError
 from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Answer, Asker
 from raee_serve.table.datasets import Example
+from raee_serve.table.schema import RuleChoice
 from raee_serve.table.task import Task
 
 Kind = Literal["full depth", "plain exit", "shortcut exit", "retrieved"]
@@ -38,12 +39,12 @@ class Row:
 FULL_DEPTH = Row("full depth", "full depth", {"task": None, "exit_layer": "full"})
 
 
-def rows_of(exits: Sequence[int], budgets: Mapping[float, float]) -> list[Row]:
+def rows_of(exits: Sequence[int], budgets: Mapping[float, RuleChoice | None]) -> list[Row]:
     """Full depth, each exit plain and by its shortcut, then the budgets.
 
-    budgets: what rule `quality` is asked for (0..1), by the share of full depth's quality that
-    retrieved exits are to keep. Only for these requests name their task, for the others nothing is
-    looked up.
+    budgets: by the share of full depth's quality that retrieved exits are to keep, how they are
+    chosen; None where only full depth keeps it. Only for these requests name their task, for the
+    others nothing is looked up.
     """
     fixed = [(d, {"task": None, "exit_layer": d}) for d in exits]
     plain = [Row(f"layer {d}", "plain exit", raee) for d, raee in fixed]
@@ -52,9 +53,16 @@ def rows_of(exits: Sequence[int], budgets: Mapping[float, float]) -> list[Row]:
         for d, raee in fixed
     ]
     retrieved = [
-        Row(f"quality {kept:g}", "retrieved", {"quality": asked}) for kept, asked in budgets.items()
+        Row(f"quality {kept:g}", "retrieved", _asked(choice)) for kept, choice in budgets.items()
     ]
     return [FULL_DEPTH, *plain, *shortcuts, *retrieved]
+
+
+def _asked(choice: RuleChoice | None) -> Mapping[str, Any]:
+    """All of the choice, whatever the table has stored for the task."""
+    if choice is None:
+        return FULL_DEPTH.raee
+    return {"rule": choice.rule, "k": choice.k, "quality": choice.quality}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,7 @@ class Kept:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Raises RaeeError if the file's turns were made under other settings."""
-        self._path = path
+        self.path = path
         self.turns: list[Turn] = []
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +101,7 @@ class Kept:
         return any((turn.task, turn.row, turn.first) == (task, row, first) for turn in self.turns)
 
     def add(self, turn: Turn) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(turn)) + "\n")
         self.turns.append(turn)
 
@@ -119,14 +127,15 @@ async def ask_all(
     """Ask what is not kept yet, with `at` requests at once.
 
     Each row has a prefix cache of its own: examples that all prompts begin with are computed once
-    a row, and no row gains from what another computed of a document.
+    a row, and no row gains from what another, or the same for other turns, computed of a document.
     """
     for first in range(0, len(examples), TURN):
         texts = [example.text for example in examples[first : first + TURN]]
         for row in rows:
             if kept.has(task.name, row.name, first):
                 continue
-            salted = replace(server, extra={"cache_salt": row.name})
+            extra = {**server.extra, "cache_salt": f"{kept.path}: {row.name}"}
+            salted = replace(server, extra=extra)
             answers, rps = await salted.ask_all(task, texts, row.raee, at)
             turn = Turn(task.name, row.name, first, len(texts) / rps, tuple(answers))
             kept.add(turn)

@@ -31,6 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     if args.out.exists():
         raise RaeeError(f"--out {args.out} exists; name a directory that does not")
+    if args.limit < 1:
+        raise RaeeError(f"--limit {args.limit} is not allowed, it must be at least 1")
     texts = [
         example.text
         for name in dict.fromkeys(args.task)

@@ -16,6 +16,7 @@ from raee_serve.retrieval.aggregate import (
     DEFAULT_FRACTION,
     DEFAULT_VOTE_WEIGHT,
     QUALITY,
+    QUALITY_RULE,
 )
 from raee_serve.retrieval.heads import nearest_others
 from raee_serve.retrieval.leave_one_out import Outcome, row_exits
@@ -25,6 +26,11 @@ from raee_serve.table.schema import RuleChoice
 
 QUALITIES = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 NEIGHBOURS = (12, 24, 48)
+
+
+def quality_choice(quality: float, k: int = QUALITY_RULE.k) -> RuleChoice:
+    """Rule `quality`: to keep so much of full depth's, as k neighbours tell it."""
+    return RuleChoice(QUALITY, k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT, quality)
 
 
 class FreeTextLeaveOneOut:
@@ -67,9 +73,7 @@ class FreeTextLeaveOneOut:
     def outcomes(self, k: int) -> Iterator[Outcome]:
         """Of rule `quality` with k neighbours, the highest threshold first."""
         for quality in QUALITIES:
-            yield self.outcome(
-                RuleChoice(QUALITY, k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT, quality)
-            )
+            yield self.outcome(quality_choice(quality, k))
 
     def fixed_exits(self) -> Iterator[tuple[float, float, str]]:
         """(depth, quality, name) of each probed exit, were all rows to take it."""

@@ -15,6 +15,7 @@ from raee_serve.retrieval.aggregate import (
     DEFAULT_FREE_TEXT_RULE,
     DEFAULT_LABEL_RULE,
     DEFAULT_VOTE_WEIGHT,
+    QUALITY,
     QUALITY_RULE,
     Rule,
     rule_named,
@@ -116,7 +117,9 @@ def load_task(
         heads = _hear_heads(evidence, rows, entry, drawn, blocks, choice.vote_weight)
     else:
         by_exit = free_text_quality(rows, entry, evidence.shape[2])
-        evidence[:, 1 : 1 + len(EXIT_HEADS)] = believed(by_exit, _trust(by_exit, drawn, choice.k))
+        evidence[:, 1 : 1 + len(EXIT_HEADS)] = believed(
+            by_exit, _trust(by_exit, drawn, quality_neighbours(choice))
+        )
     return TaskIndex(
         rows.ids,
         rows.vectors if keep_vectors else None,
@@ -243,6 +246,12 @@ def choice_of(metadata: TableMetadata, entry: TaskEntry) -> RuleChoice:
         return metadata.choices[entry.name]
     rule = DEFAULT_LABEL_RULE if entry.kind == "labels" else DEFAULT_FREE_TEXT_RULE
     return RuleChoice(rule, rule_named(rule).k, DEFAULT_FRACTION, DEFAULT_VOTE_WEIGHT)
+
+
+def quality_neighbours(choice: RuleChoice) -> int:
+    """How many neighbours rule `quality` asks where a look-up does not say; of so many is the
+    trust in them."""
+    return choice.k if choice.rule == QUALITY else QUALITY_RULE.k
 
 
 def _slices(vectors: NDArray[np.float32], at_once: int) -> Blocks:

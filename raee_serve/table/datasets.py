@@ -77,13 +77,15 @@ def add_data_argument(parser: ArgumentParser) -> None:
     )
 
 
-def add_words_argument(parser: ArgumentParser) -> None:
+def add_words_argument(parser: ArgumentParser, default: int | None = None) -> None:
     """--words, as `shortened` takes it."""
     parser.add_argument(
         "--words",
         type=int,
         metavar="N",
-        help="of a text, from its beginning: as many as clients will send (default: all)",
+        default=default,
+        help="of a text, from its beginning: as many as clients will send "
+        f"(default: {default or 'all'})",
     )
 
 

@@ -21,8 +21,7 @@ from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Item, length_batches
 
 DEPTHS = (0.72, 0.83, 0.9)
-"""Shares of the depth that have shortcuts by default, besides the last layer but one: before them
-answers by a linear map have little to do with full depth's."""
+"""Shares of the depth that have shortcuts by default, besides the last layer but one."""
 DEFAULT_TOKENS = 100_000
 ANSWER_WEIGHT = 4.0
 """How much the state at an answering position counts, one anywhere else counting 1: exits are taken

@@ -8,7 +8,7 @@ import pytest
 from raee_serve.cli import main
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.calibrate_command import Budget
-from raee_serve.evaluation.documents import SEED, WORDS, unseen_documents
+from raee_serve.evaluation.documents import SEED, unseen_documents
 from raee_serve.retrieval.aggregate import RULES, decide
 from raee_serve.retrieval.leave_one_out import LeaveOneOut, Outcome, frontier
 from raee_serve.table.datasets import shortened, shuffled_examples
@@ -129,6 +129,8 @@ def test_the_command_stores_its_choice(uri, tmp_path, capsys):
         (["--generate", "8"], "--generate 8 needs .* --model"),
         (["--generate", "0", "--model", "m"], "--generate 0 needs at least 1 document"),
         (["--generate", "8", "--model", "m"], "for free text, and sst2 has label words"),
+        (["--model", "m"], "--model and --base-url go with --generate"),
+        (["--base-url", "http://127.0.0.1:9"], "--model and --base-url go with --generate"),
     ],
 )
 def test_answers_are_asked_for_only_where_they_can_be(uri, flags, message, capsys):
@@ -138,16 +140,18 @@ def test_answers_are_asked_for_only_where_they_can_be(uri, flags, message, capsy
 
 
 def test_answers_are_to_documents_that_the_table_lacks(tmp_path):
-    task = get_task("demo_summary")
-    known, *unseen = shuffled_examples(task, "train", None, SEED)
+    """Which was built with one of them whole, and with another one cut."""
+    task, words = get_task("demo_summary"), 3
+    whole, other, *unseen = shuffled_examples(task, "train", None, SEED)
+    [cut] = shortened([other], words)
     table = ExitTable.open_or_create(str(tmp_path / "table"), metadata())
     table.put_task(TaskEntry.of(task, (), (2, 4)))
-    found = np.full((1, 2), 0.5, np.float32)
-    ids = [row_id(task.name, known.text, known.gold)]
-    table.add(task.name, TaskRows(ids, unit_vectors(1), None, None, found, found, found))
-    assert unseen_documents(table, task, None, 3) == shortened(unseen[:3], WORDS)
+    found = np.full((2, 2), 0.5, np.float32)
+    ids = [row_id(task.name, known.text, known.gold) for known in (whole, cut)]
+    table.add(task.name, TaskRows(ids, unit_vectors(2), None, None, found, found, found))
+    assert unseen_documents(table, task, None, 3, words) == shortened(unseen[:3], words)
     with pytest.raises(TaskError, match=f"has {len(unseen)} training documents that .* lacks"):
-        unseen_documents(table, task, None, len(unseen) + 1)
+        unseen_documents(table, task, None, len(unseen) + 1, words)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from raee_serve.retrieval.cut_encoder import FEWEST_TEXTS, cut_encoder
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import FILE_NAME
 from raee_serve.table.datasets import load_examples
-from raee_serve.table.schema import TableMetadata, TaskEntry, row_id
+from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, row_id
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
 from tests.unit.table_rows import BACKBONE, label_rows
@@ -80,6 +80,7 @@ def table(minilm, examples, tmp_path):
     table.put_task(TaskEntry.of(TASK, (1, 2), tuple(range(1, BACKBONE.num_layers + 1))))
     ids = [row_id(TASK.name, e.text, e.gold) for e in examples[:8]]
     table.add(TASK.name, label_rows(ids, vectors))
+    table.put_choice(TASK.name, RuleChoice("earliest", 5, 0.9, 1.0))
     (uri / FILE_NAME).write_bytes(b"maps")
     return uri
 
@@ -91,6 +92,7 @@ def test_a_table_moves_to_another_encoder(table, cut, examples, tmp_path):
     old, new = ExitTable.open(str(table)), ExitTable.open(str(target))
     assert new.metadata.encoder == Encoder(str(cut)).identity()
     assert new.metadata.tasks == old.metadata.tasks
+    assert old.metadata.choices and not new.metadata.choices
     before, after = old.rows(TASK.name), new.rows(TASK.name)
     assert after.ids == before.ids
     np.testing.assert_array_equal(after.label_logprobs, before.label_logprobs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.shortcut_fits import Sums, Way, of_rank, up_to_its_end, ways
+from benchmarks.shortcut_fits import Sums, of_rank, up_to_its_end, ways
 from raee_serve.shortcuts import Shortcut
 from raee_serve.table.shortcuts import NormalEquations
 
@@ -61,7 +61,6 @@ def test_a_rank_is_what_is_left_of_what_the_map_adds():
     less = of_rank(shortcut, 1)
     assert torch.linalg.matrix_rank(less.weight - torch.eye(8), atol=1e-4) == 1
     assert torch.equal(less.bias, shortcut.bias)
-    assert Way("", lambda part, task: True).rank is None
 
 
 def test_answers_end_with_the_line_or_the_text():

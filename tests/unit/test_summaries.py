@@ -15,6 +15,7 @@ from raee_serve.evaluation.summaries import known_exits, main, write
 from raee_serve.evaluation.summary_report import as_fields, as_markdown, draw, published, results
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Turn, rows_of
 from raee_serve.fingerprint import BackboneIdentity
+from raee_serve.retrieval.free_text import quality_choice
 from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskEntry
 from raee_serve.table.tasks import get_task
 
@@ -30,7 +31,7 @@ def turn(row: str, first: int, texts: list[str], exit_layer: int = 4, seconds: f
 
 
 def test_rows_are_full_depth_each_exit_twice_and_the_budgets():
-    rows = rows_of([2, 3], {0.98: 0.98, 0.9: 0.85})
+    rows = rows_of([2, 3], {0.98: None, 0.9: quality_choice(0.85, k=7)})
     assert [row.name for row in rows] == [
         "full depth",
         *("layer 2", "layer 3"),
@@ -38,7 +39,8 @@ def test_rows_are_full_depth_each_exit_twice_and_the_budgets():
         *("quality 0.98", "quality 0.9"),
     ]
     assert rows[3].raee == {"task": None, "exit_layer": 2, "exit_head": "shortcut"}
-    assert rows[-1].raee == {"quality": 0.85}
+    assert rows[-1].raee == {"rule": "quality", "k": 7, "quality": 0.85}
+    assert rows[-2].raee == FULL_DEPTH.raee  # which alone keeps so much
     assert len({row.name for row in rows}) == len(rows)
 
 
@@ -109,7 +111,7 @@ def test_full_depth_that_says_nothing_leaves_nothing_to_keep():
 
 
 def test_table_and_picture(tmp_path):
-    rows = rows_of([2, 3], {0.9: 0.9})
+    rows = rows_of([2, 3], {0.9: quality_choice(0.9)})
     turns = [turn(row.name, 0, REFERENCES) for row in rows]
     found = {"m": {"xsum_chat": results(rows, turns, REFERENCES)}}
     table = as_markdown(found)
@@ -166,6 +168,8 @@ def test_who_only_continues_stops_at_the_end_of_the_line():
         (["--model", "smollm2-135m", "--task", "demo_sentiment"], "allowed: free text"),
         (["--model", "elsewhere/model"], "name tasks for elsewhere/model"),
         (["--data", "/nowhere"], "/nowhere/cnndm/test.jsonl"),
+        (["--calibrate", "-1"], "--calibrate -1 at least 0"),
+        (["--limit", "0"], "--limit 0 must be at least 1"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(tmp_path, arguments, message):

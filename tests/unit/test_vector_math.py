@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from raee_serve import vector_math
+from raee_serve.errors import CheckpointError
+from raee_serve.table.probe import LayerProbe
 
 pytestmark = pytest.mark.unit
 
@@ -36,12 +37,9 @@ def test_the_plugin_settles_them_unless_it_is_off(off, calls):
     assert f"CALLED {calls}\n" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["cos", "sin"])
-def test_all_threads_are_as_accurate_as_one(name):
-    """Of a table like rotary embeddings'; the fault that is prevented errs by 1e-4 there."""
-    vector_math.settle()
-    angles = torch.outer(torch.arange(2048.0), 1e4 ** (-torch.arange(32) / 32))
-    function = getattr(torch, name)
-    torch.testing.assert_close(
-        function(angles), function(angles.double()).float(), rtol=0, atol=1e-6
-    )
+def test_a_probe_settles_them_before_it_loads_its_backbone(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(vector_math, "settle", lambda: called.append(True))
+    with pytest.raises(CheckpointError):
+        LayerProbe(tmp_path)
+    assert called

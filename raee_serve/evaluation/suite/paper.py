@@ -26,6 +26,7 @@ from raee_serve.evaluation.summaries import BUDGETS
 from raee_serve.evaluation.summary_report import published
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, rows_of
 from raee_serve.retrieval.aggregate import RULES
+from raee_serve.retrieval.free_text import quality_choice
 from raee_serve.retrieval.leave_one_out import LABEL_VOTE
 from raee_serve.table.task import Task
 
@@ -138,7 +139,7 @@ def _summarised(
     material: Material, system: System, documents: Documents
 ) -> tuple[list[Row], list[str]]:
     """Full depth and the budgets on the free-text tasks, and how they compare."""
-    asked = rows_of([], {budget: budget for budget in BUDGETS})
+    asked = rows_of([], {budget: quality_choice(budget) for budget in BUDGETS})
     ways = [Way(system, row.raee, settings) for row in asked]
     full, *_ = timed = in_turns(ways, documents.texts)
     rows: list[Row] = []
