@@ -88,5 +88,7 @@ def test_thresholds_that_lead_to_other_layers_are_tried_the_deepest_first(tmp_pa
 
 def test_one_row_tells_nothing_of_itself(tmp_path):
     table = free_text_table(tmp_path, [[0.3, 0.7, 0.9, 1.0]])
-    with pytest.raises(TaskError, match="demo_summary has 1 rows in the table; at least 2 are needed"):
+    with pytest.raises(
+        TaskError, match="demo_summary has 1 rows in the table; at least 2 are needed"
+    ):
         differing_choices(table, TASK)
