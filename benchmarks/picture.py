@@ -41,6 +41,7 @@ def draw(result: dict[str, Any], workload: str, target: Path) -> None:
     axes.set_xlabel("mean exit layer / number of layers")
     axes.set_ylabel("throughput / vanilla vLLM")
     axes.set_title(f"{result['model']}, {result['dtype']}, {workload}", color=INK, fontsize=10)
+    axes.margins(y=0.15)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()

@@ -99,7 +99,43 @@ def _result(
     )
 
 
-def as_fields(result: RowResult) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class OverTasks:
+    """One row on all tasks of a backbone, each of which counts alike.
+
+    rougeL: mean; kept: share of full depth's mean; depth: mean; speedup: documents a second over
+    full depth's, as many of each task.
+    """
+
+    row: str
+    rougeL: float  # noqa: N815 - as rouge-score names it
+    kept: float
+    depth: float
+    speedup: float
+
+
+def over_tasks(tasks: Mapping[str, Sequence[RowResult]]) -> list[OverTasks]:
+    """Of the rows that all tasks have, full depth first."""
+    by_row = [{result.row: result for result in results} for results in tasks.values()]
+    names = [name for name in by_row[0] if all(name in own for own in by_row)]
+    found = {name: [own[name] for own in by_row] for name in names}
+    full = found[FULL_DEPTH.name]
+    return [_over_tasks(name, own, full) for name, own in found.items()]
+
+
+def _over_tasks(name: str, own: Sequence[RowResult], full: Sequence[RowResult]) -> OverTasks:
+    rouge_l, theirs = (float(np.mean([r.rougeL for r in rows])) for rows in (own, full))
+    seconds, their_seconds = (sum(1 / r.documents_per_s for r in rows) for rows in (own, full))
+    return OverTasks(
+        name,
+        rouge_l,
+        kept=rouge_l / theirs if theirs else 0.0,
+        depth=float(np.mean([r.depth for r in own])),
+        speedup=their_seconds / seconds,
+    )
+
+
+def as_fields(result: RowResult | OverTasks) -> dict[str, Any]:
     """For JSON, numbers rounded to four digits."""
     fields = asdict(result).items()
     return {name: round(v, 4) if isinstance(v, float) else v for name, v in fields}
@@ -114,10 +150,11 @@ HEADINGS = (
     "exit", "ROUGE-1", "ROUGE-2", "ROUGE-L", "against full depth", "kept", "depth", "tokens/s",
     "documents/s", "speed",
 )  # fmt: skip
+HEADINGS_OVER_TASKS = ("exit", "ROUGE-L", "kept", "depth", "speed")
 
 
 def as_markdown(found: Mapping[str, Mapping[str, Sequence[RowResult]]]) -> str:
-    """found: by model and task. One table each."""
+    """found: by model and task. One table each, and one of all tasks of a model."""
     parts = []
     for model, tasks in found.items():
         for task, rows in tasks.items():
@@ -125,6 +162,10 @@ def as_markdown(found: Mapping[str, Mapping[str, Sequence[RowResult]]]) -> str:
             table = markdown_table(HEADINGS, map(_cells, rows))
             beside = "" if paper is None else f" The paper: ROUGE-L {100 * paper:.2f}."
             parts.append(f"### {model}, {task}\n\n{rows[0].n} documents.{beside}\n\n{table}")
+        if len(tasks) > 1:
+            lines = map(_cells_over_tasks, over_tasks(tasks))
+            table = markdown_table(HEADINGS_OVER_TASKS, lines)
+            parts.append(f"### {model}, {' and '.join(tasks)}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -160,6 +201,16 @@ def _draw_panel(axes: Any, rows: Sequence[RowResult]) -> None:
     axes.set_xlabel("documents/s, full depth = 1")
     axes.set_ylabel("ROUGE-L")
     axes.set_ylim(bottom=0)
+
+
+def _cells_over_tasks(row: OverTasks) -> tuple[str, ...]:
+    return (
+        row.row,
+        f"{100 * row.rougeL:.2f}",
+        f"{row.kept:.3f}",
+        f"{row.depth:.3f}",
+        f"{row.speedup:.2f}",
+    )
 
 
 def _cells(row: RowResult) -> tuple[str, ...]:

@@ -12,7 +12,14 @@ from raee_serve.evaluation.documents import answer_settings
 from raee_serve.evaluation.metrics import rouge, rouge_l
 from raee_serve.evaluation.paired import compare_scores
 from raee_serve.evaluation.summaries import known_exits, main, write
-from raee_serve.evaluation.summary_report import as_fields, as_markdown, draw, published, results
+from raee_serve.evaluation.summary_report import (
+    as_fields,
+    as_markdown,
+    draw,
+    over_tasks,
+    published,
+    results,
+)
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Turn, rows_of
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.retrieval.free_text import quality_choice
@@ -134,6 +141,26 @@ def test_one_backbone_after_the_other_makes_one_report(tmp_path):
     assert models["b"]["xsum_shots"]["rows"] == [as_fields(row) for row in other]
     assert json.loads((tmp_path / "summaries.json").read_text())["models"] == models
     assert "### b, xsum_shots" in (tmp_path / "summaries.md").read_text()
+
+
+def test_tasks_count_alike():
+    """Of one task the shallow row keeps a third and is twice as fast, of the other it keeps all
+    and takes as long; full depth takes 2 s for the three documents of either."""
+    rows = rows_of([2], {})[:2]
+    full = turn("full depth", 0, REFERENCES)
+    poor = turn("layer 2", 0, ["the dog sleeps", "no", "no"], exit_layer=2, seconds=1.0)
+    good = turn("layer 2", 0, REFERENCES, exit_layer=3)
+    tasks = {
+        "a": results(rows, [full, poor], REFERENCES),
+        "b": results(rows, [full, good], REFERENCES),
+    }
+    first, second = over_tasks(tasks)
+    assert (first.row, first.kept, first.depth, first.speedup) == ("full depth", 1, 1, 1)
+    assert second.kept == second.rougeL == pytest.approx(2 / 3)
+    assert second.depth == (0.5 + 0.75) / 2 and second.speedup == pytest.approx(4 / 3)
+    assert "### m, a and b" in as_markdown({"m": tasks})
+    tasks["b"] = tasks["b"][:1]
+    assert [row.row for row in over_tasks(tasks)] == ["full depth"]
 
 
 def test_the_paper_has_two_data_sets():
