@@ -134,7 +134,7 @@ async def ask_all(
         for row in rows:
             if kept.has(task.name, row.name, first):
                 continue
-            extra = {**server.extra, "cache_salt": f"{kept.path}: {row.name}"}
+            extra = {**server.extra, "cache_salt": f"{kept.path.name}: {row.name}"}
             salted = replace(server, extra=extra)
             answers, rps = await salted.ask_all(task, texts, row.raee, at)
             turn = Turn(task.name, row.name, first, len(texts) / rps, tuple(answers))
