@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -78,6 +78,26 @@ async def outcomes_of_answers(
         Outcome(choice, float(share), row.depth)
         for choice, share, row in zip(choices, shares, found, strict=True)
     ]
+
+
+def shallowest(outcomes: Sequence[Outcome], budget: float) -> RuleChoice | None:
+    """The choice that keeps the budget at the least depth, None if none does."""
+    able = [outcome for outcome in outcomes if outcome.accuracy >= budget]
+    chosen = min(able, key=lambda outcome: outcome.depth, default=None)
+    return chosen.choice if chosen else None
+
+
+def said(outcomes: Sequence[Outcome], budgets: Mapping[float, RuleChoice | None]) -> str:
+    """What was found, and what is asked for budgets."""
+    tried = "; ".join(
+        f"quality {o.choice.quality:g} keeps {o.accuracy:.3f} at depth {o.depth:.3f}"
+        for o in outcomes
+    )
+    made = ", ".join(
+        f"{choice.quality if choice else 'full depth'} to keep {budget:g}"
+        for budget, choice in budgets.items()
+    )
+    return f"{tried}. Asked for: {made}"
 
 
 def differing_choices(table: ExitTable, task: Task) -> list[RuleChoice]:

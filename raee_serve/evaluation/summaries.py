@@ -29,7 +29,12 @@ from raee_serve.evaluation.documents import (
     documents_to_test,
     unseen_documents,
 )
-from raee_serve.evaluation.generated import differing_choices, outcomes_of_answers
+from raee_serve.evaluation.generated import (
+    differing_choices,
+    outcomes_of_answers,
+    said,
+    shallowest,
+)
 from raee_serve.evaluation.run import LENGTH_FLAGS, PATIENCE_FLAGS
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.evaluation.summary_report import (
@@ -42,7 +47,6 @@ from raee_serve.evaluation.summary_report import (
 )
 from raee_serve.evaluation.summary_turns import Kept, Row, accepted, ask_all, rows_of
 from raee_serve.retrieval.free_text import quality_choice
-from raee_serve.retrieval.leave_one_out import Outcome
 from raee_serve.table.datasets import Example, add_data_argument, add_words_argument
 from raee_serve.table.schema import RuleChoice, TableMetadata
 from raee_serve.table.store import ExitTable
@@ -161,25 +165,9 @@ async def calibrated(
         outcomes = await outcomes_of_answers(
             server, choices, task, examples, kept, args.concurrency
         )
-        for budget in args.budgets:
-            able = [outcome for outcome in outcomes if outcome.accuracy >= budget]
-            chosen = min(able, key=lambda outcome: outcome.depth, default=None)
-            found[task.name][budget] = chosen.choice if chosen else None
+        found[task.name] = {budget: shallowest(outcomes, budget) for budget in args.budgets}
         print(f"raee-serve: {task.name}: {said(outcomes, found[task.name])}", flush=True)
     return found
-
-
-def said(outcomes: Sequence[Outcome], budgets: Mapping[float, RuleChoice | None]) -> str:
-    """What was found, and what was made of it."""
-    tried = "; ".join(
-        f"quality {o.choice.quality:g} keeps {o.accuracy:.3f} at depth {o.depth:.3f}"
-        for o in outcomes
-    )
-    made = ", ".join(
-        f"{choice.quality if choice else 'full depth'} to keep {budget:g}"
-        for budget, choice in budgets.items()
-    )
-    return f"{tried}. Asked for: {made}"
 
 
 async def ask_part(
