@@ -27,7 +27,11 @@ UNDECIDED = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A server's answer to one prompt and what its headers say about the decision."""
+    """A server's answer to one prompt and what its headers say about the decision.
+
+    restarted: whether it looped and was begun again at full depth; known of requests that ask to
+    `explain`.
+    """
 
     text: str
     prompt_tokens: int
@@ -37,6 +41,13 @@ class Answer:
     reason: str
     distance: str
     latency_s: float
+    restarted: bool = False
+
+    @property
+    def depth(self) -> float:
+        """Layers run, as a share of all; of a restarted answer those of both runs, as if the first
+        had gone to its end."""
+        return self.exit_layer / self.num_layers + self.restarted
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,7 @@ class Asker:
             reason=headers["x-raee-reason"],
             distance=headers["x-raee-distance"],
             latency_s=time.perf_counter() - start,
+            restarted=was_restarted(getattr(parsed, "raee", None)),
         )
 
     async def ask_all(
@@ -100,6 +112,11 @@ class Asker:
         start = time.perf_counter()
         answers = await asyncio.gather(*(one(text) for text in texts))
         return answers, len(texts) / (time.perf_counter() - start)
+
+
+def was_restarted(raee: Mapping[str, Any] | None) -> bool:
+    """raee: an answer's object of that name, if there is one."""
+    return raee is not None and any(prompt.get("restarted") for prompt in raee["prompts"])
 
 
 def asker(

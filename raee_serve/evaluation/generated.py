@@ -61,7 +61,8 @@ async def outcomes_of_answers(
     at: int,
 ) -> list[Outcome]:
     """One outcome for each choice; `accuracy` is the share of full depth's ROUGE-L that greedy
-    answers to the examples keep, asked for `at` at once.
+    answers to the examples keep, asked for `at` at once. The depth of what looped and was begun
+    again is that of both runs.
 
     choices: deepest first. Answers are noisy, so shares are fitted that fall with the depth
     (isotonic regression). Raises RaeeError where the server refuses any of them.

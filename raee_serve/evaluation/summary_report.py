@@ -34,8 +34,9 @@ class RowResult:
 
     rouge1, rouge2, rougeL: mean F1, 0..1. difference: in ROUGE-L from full depth, over the same
     documents, with its bootstrap 95% interval and p. kept: share of full depth's ROUGE-L.
-    depth: mean exit layer / num_layers. tokens_per_s: of prompts and answers; speedup: documents a
-    second over full depth's. reasons: why documents got their depths.
+    depth: mean share of the layers; an answer that looped and was begun again at full depth counts
+    both runs. restarted: share of such answers. tokens_per_s: of prompts and answers; speedup:
+    documents a second over full depth's. reasons: why documents got their depths.
     """
 
     row: str
@@ -50,6 +51,7 @@ class RowResult:
     p: float
     kept: float
     depth: float
+    restarted: float
     answer_tokens: float
     tokens_per_s: float
     documents_per_s: float
@@ -90,7 +92,8 @@ def _result(
         **{kind: float(scores[kind].mean()) for kind in ROUGE_KINDS},
         **asdict(found),
         kept=float(scores["rougeL"].mean()) / mean_full if mean_full else 0.0,
-        depth=float(np.mean([answer.exit_layer / answer.num_layers for answer in answers])),
+        depth=float(np.mean([answer.depth for answer in answers])),
+        restarted=float(np.mean([answer.restarted for answer in answers])),
         answer_tokens=float(np.mean([answer.output_tokens for answer in answers])),
         tokens_per_s=tokens / seconds,
         documents_per_s=len(answers) / seconds,
@@ -147,8 +150,8 @@ def published(task: str) -> float | None:
 
 
 HEADINGS = (
-    "exit", "ROUGE-1", "ROUGE-2", "ROUGE-L", "against full depth", "kept", "depth", "tokens/s",
-    "documents/s", "speed",
+    "exit", "ROUGE-1", "ROUGE-2", "ROUGE-L", "against full depth", "kept", "depth", "restarted",
+    "tokens/s", "documents/s", "speed",
 )  # fmt: skip
 HEADINGS_OVER_TASKS = ("exit", "ROUGE-L", "kept", "depth", "speed")
 
@@ -221,6 +224,7 @@ def _cells(row: RowResult) -> tuple[str, ...]:
         "" if row.row == FULL_DEPTH.name else against,
         f"{row.kept:.3f}",
         f"{row.depth:.3f}",
+        f"{row.restarted:.2f}",
         f"{row.tokens_per_s:.0f}",
         f"{row.documents_per_s:.2f}",
         f"{row.speedup:.2f}",

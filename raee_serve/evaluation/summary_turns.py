@@ -59,10 +59,10 @@ def rows_of(exits: Sequence[int], budgets: Mapping[float, RuleChoice | None]) ->
 
 
 def _asked(choice: RuleChoice | None) -> Mapping[str, Any]:
-    """All of the choice, whatever the table has stored for the task."""
+    """All of the choice, whatever the table has stored for the task, and to hear of restarts."""
     if choice is None:
         return FULL_DEPTH.raee
-    return {"rule": choice.rule, "k": choice.k, "quality": choice.quality}
+    return {"rule": choice.rule, "k": choice.k, "quality": choice.quality, "explain": True}
 
 
 @dataclass(frozen=True, slots=True)

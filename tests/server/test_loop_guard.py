@@ -1,10 +1,14 @@
 """At its first layer SmolLM2 repeats itself at once; under the guard the answer is full depth's."""
 
+import asyncio
+
 import pytest
 
 from benchmarks.metrics_page import total
+from raee_serve.evaluation.asking import asker
 from raee_serve.server.loops import LoopDetector
-from tests.server.conftest import MODEL
+from raee_serve.table.tasks import get_task
+from tests.server.conftest import MODEL, NUM_LAYERS
 
 pytestmark = pytest.mark.server
 
@@ -46,3 +50,10 @@ def test_an_early_answer_that_loops_is_full_depths(served, stream):
     assert guarded == (full, True, usage)
     assert full != looping and usage.completion_tokens == LENGTH
     assert restarts(served) == before + 1
+
+
+def test_an_evaluation_hears_of_it(served):
+    server = asker(served.url, MODEL, {"max_tokens": LENGTH})
+    raee = {"task": None, "exit_layer": 1, "loop_guard": True, "explain": True}
+    answer = asyncio.run(server.ask(get_task("demo_summary"), "It rained all day.", raee))
+    assert answer.restarted and answer.depth == 1 + 1 / NUM_LAYERS

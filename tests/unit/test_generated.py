@@ -56,7 +56,7 @@ def test_shares_fall_with_the_depth_however_noisy_they_are(tmp_path):
     assert third.accuracy == pytest.approx(2 * 0.4 / 1.4)
     assert [own.choice for own in (first, second, third)] == CHOICES
     assert [own.depth for own in (first, second, third)] == pytest.approx([0.6, 0.8, 0.4])
-    assert {"rule": "quality", "k": 5, "quality": 0.9} in server.asked
+    assert {"rule": "quality", "k": 5, "quality": 0.9, "explain": True} in server.asked
 
 
 def test_a_budget_is_kept_at_the_least_depth_or_not_at_all():

@@ -46,7 +46,7 @@ def test_rows_are_full_depth_each_exit_twice_and_the_budgets():
         *("quality 0.98", "quality 0.9"),
     ]
     assert rows[3].raee == {"task": None, "exit_layer": 2, "exit_head": "shortcut"}
-    assert rows[-1].raee == {"rule": "quality", "k": 7, "quality": 0.85}
+    assert rows[-1].raee == {"rule": "quality", "k": 7, "quality": 0.85, "explain": True}
     assert rows[-2].raee == FULL_DEPTH.raee  # which alone keeps so much
     assert len({row.name for row in rows}) == len(rows)
 
@@ -141,6 +141,18 @@ def test_one_backbone_after_the_other_makes_one_report(tmp_path):
     assert models["b"]["xsum_shots"]["rows"] == [as_fields(row) for row in other]
     assert json.loads((tmp_path / "summaries.json").read_text())["models"] == models
     assert "### b, xsum_shots" in (tmp_path / "summaries.md").read_text()
+
+
+def test_what_was_begun_again_counts_both_runs():
+    looped = replace(turn("layer 2", 0, ["x"], exit_layer=2).answers[0], restarted=True)
+    early = turn("layer 2", 0, REFERENCES[:2], exit_layer=2)
+    turns = [
+        turn("full depth", 0, REFERENCES),
+        replace(early, answers=(*early.answers, looped)),
+    ]
+    _, found = results(rows_of([2], {})[:2], turns, REFERENCES)
+    assert found.depth == pytest.approx((0.5 + 0.5 + 1.5) / 3)
+    assert found.restarted == pytest.approx(1 / 3)
 
 
 def test_tasks_count_alike():

@@ -121,8 +121,8 @@ class Timed:
 
     @property
     def depth(self) -> float:
-        """Mean exit layer / num_layers."""
-        return float(np.mean([answer.exit_layer / answer.num_layers for answer in self.answers]))
+        """Mean over the answers."""
+        return float(np.mean([answer.depth for answer in self.answers]))
 
 
 def in_turns(ways: Sequence[Way], prompts: Mapping[Task, Sequence[str]]) -> list[dict[str, Timed]]:
