@@ -26,7 +26,7 @@ from raee_serve.evaluation.documents import WORDS
 from raee_serve.evaluation.report import markdown_table
 from raee_serve.shortcuts import Shortcut
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS
-from raee_serve.table.datasets import add_data_argument, shortened, shuffled_examples
+from raee_serve.table.datasets import add_data_argument, shuffled_examples
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Item, ItemMaker
 from raee_serve.table.shortcuts import (
@@ -121,7 +121,7 @@ class Texts:
         self._items: dict[tuple[str, Text], list[Item]] = {}
         for name in args.task:
             task = get_task(name)
-            rows = shortened(shuffled_examples(task, "train", args.data, 0), args.words)
+            rows = shuffled_examples(task, "train", args.data, 0, args.words)
             maker = ItemMaker(task, probe)
             items = [maker.item(row) for row in rows[: args.documents + args.held_out]]
             one_line = isinstance(task.render("a text"), str)

@@ -24,6 +24,7 @@ from raee_serve.retrieval.leave_one_out import (
     LeaveOneOut,
     Outcome,
     frontier,
+    shallowest,
 )
 from raee_serve.retrieval.left_out import left_out
 from raee_serve.table.datasets import add_data_argument, add_words_argument
@@ -77,18 +78,17 @@ class Budget:
         """The best outcome within the budget. Raises RaeeError that says what can be had."""
         if self.measure == "depth":
             within = [o for o in outcomes if o.depth <= self.bound]
+            chosen = max(within, key=lambda o: (o.accuracy, -o.depth), default=None)
             nearest = min(outcomes, key=lambda o: o.depth)
         else:
-            within = [o for o in outcomes if o.accuracy >= self.bound]
+            chosen = shallowest(outcomes, self.bound)
             nearest = max(outcomes, key=lambda o: o.accuracy)
-        if not within:
+        if chosen is None:
             raise RaeeError(
                 f"no setting has {self}; nearest: accuracy {nearest.accuracy:.3f} at depth "
                 f"{nearest.depth:.3f} ({describe(nearest.choice)})"
             )
-        if self.measure == "depth":
-            return max(within, key=lambda o: (o.accuracy, -o.depth))
-        return min(within, key=lambda o: (o.depth, -o.accuracy))
+        return chosen
 
     def __str__(self) -> str:
         return f"{self.measure} {'<=' if self.measure == 'depth' else '>='} {self.bound:g}"

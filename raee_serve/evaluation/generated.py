@@ -81,13 +81,6 @@ async def outcomes_of_answers(
     ]
 
 
-def shallowest(outcomes: Sequence[Outcome], budget: float) -> RuleChoice | None:
-    """The choice that keeps the budget at the least depth, None if none does."""
-    able = [outcome for outcome in outcomes if outcome.accuracy >= budget]
-    chosen = min(able, key=lambda outcome: outcome.depth, default=None)
-    return chosen.choice if chosen else None
-
-
 def said(outcomes: Sequence[Outcome], budgets: Mapping[float, RuleChoice | None]) -> str:
     """What was found, and what is asked for budgets."""
     tried = "; ".join(

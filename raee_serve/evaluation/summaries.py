@@ -33,7 +33,6 @@ from raee_serve.evaluation.generated import (
     differing_choices,
     outcomes_of_answers,
     said,
-    shallowest,
 )
 from raee_serve.evaluation.run import LENGTH_FLAGS, PATIENCE_FLAGS
 from raee_serve.evaluation.server_process import running_server
@@ -47,6 +46,7 @@ from raee_serve.evaluation.summary_report import (
 )
 from raee_serve.evaluation.summary_turns import Kept, Row, accepted, ask_all, rows_of
 from raee_serve.retrieval.free_text import quality_choice
+from raee_serve.retrieval.leave_one_out import shallowest
 from raee_serve.table.datasets import Example, add_data_argument, add_words_argument
 from raee_serve.table.schema import RuleChoice, TableMetadata
 from raee_serve.table.store import ExitTable
@@ -165,7 +165,9 @@ async def calibrated(
         outcomes = await outcomes_of_answers(
             server, choices, task, examples, kept, args.concurrency
         )
-        found[task.name] = {budget: shallowest(outcomes, budget) for budget in args.budgets}
+        for budget in args.budgets:
+            chosen = shallowest(outcomes, budget)
+            found[task.name][budget] = chosen.choice if chosen else None
         print(f"raee-serve: {task.name}: {said(outcomes, found[task.name])}", flush=True)
     return found
 

@@ -189,6 +189,12 @@ def row_exits(
     return np.concatenate(layers), np.concatenate(heads)
 
 
+def shallowest(outcomes: Sequence[Outcome], accuracy: float) -> Outcome | None:
+    """The one of the least depth that is at least so accurate, of equals the most accurate."""
+    able = [o for o in outcomes if o.accuracy >= accuracy]
+    return min(able, key=lambda o: (o.depth, -o.accuracy), default=None)
+
+
 def frontier(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The outcomes that no other beats in both accuracy and depth, shallowest first."""
     best: list[Outcome] = []

@@ -18,7 +18,6 @@ from raee_serve.table.datasets import (
     Example,
     add_data_argument,
     add_words_argument,
-    shortened,
     shuffled_examples,
 )
 from raee_serve.table.probe import DTYPES, LayerProbe
@@ -94,8 +93,7 @@ def run(args: Namespace) -> None:
     tasks = [get_task(name) for name in dict.fromkeys(args.task)]
     # The same rows for the same seed and limit, and more of the same for a higher limit.
     texts = [
-        (task, shortened(shuffled_examples(task, "train", args.data, args.seed), args.words))
-        for task in tasks
+        (task, shuffled_examples(task, "train", args.data, args.seed, args.words)) for task in tasks
     ]
     work = [(task, rows[: args.limit]) for task, rows in texts]
     if args.shortcuts and not any(task.kind == "free-text" for task, _ in work):

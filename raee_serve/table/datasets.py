@@ -111,12 +111,15 @@ def load_examples(task: Task, split: Split, root: str | Path | None = None) -> l
 
 
 def shuffled_examples(
-    task: Task, split: Split, root: str | Path | None, seed: int
+    task: Task, split: Split, root: str | Path | None, seed: int, words: int | None = None
 ) -> list[Example]:
-    """As `load_examples`, in an order that the seed gives: the same whenever it is asked for."""
+    """As `load_examples`, in an order that the seed gives: the same whenever it is asked for.
+
+    words: as `shortened` takes it.
+    """
     examples = load_examples(task, split, root)
     random.Random(seed).shuffle(examples)
-    return examples
+    return shortened(examples, words)
 
 
 def shortened(examples: Iterable[Example], words: int | None) -> list[Example]:

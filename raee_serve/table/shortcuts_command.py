@@ -15,7 +15,6 @@ from raee_serve.table.datasets import (
     Example,
     add_data_argument,
     add_words_argument,
-    shortened,
     shuffled_examples,
 )
 from raee_serve.table.probe import DTYPES, LayerProbe
@@ -95,8 +94,7 @@ def run(args: Namespace) -> None:
     layers = check_layers(args.layers or default_layers(backbone.num_layers), backbone.num_layers)
     tasks = _tasks(args, backbone)
     work = [
-        (task, shortened(shuffled_examples(task, "train", args.data, args.seed), args.words))
-        for task in tasks
+        (task, shuffled_examples(task, "train", args.data, args.seed, args.words)) for task in tasks
     ]
     probe = LayerProbe(checkpoint, DTYPES[args.dtype])
     fit_and_store(probe, backbone, work, layers, args.tokens, target)
