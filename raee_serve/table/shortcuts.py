@@ -20,7 +20,7 @@ from raee_serve.shortcuts import Shortcut, Shortcuts
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Item, length_batches
 
-DEPTHS = (0.72, 0.83, 0.9)
+DEPTHS = (0.72, 0.83, 0.9, 0.93)
 """Shares of the depth that have shortcuts by default, besides the last layer but one."""
 DEFAULT_TOKENS = 100_000
 ANSWER_WEIGHT = 4.0

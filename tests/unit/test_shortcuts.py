@@ -123,7 +123,7 @@ def test_where_they_are_looked_for(tmp_path, shortcuts):
 
 
 def test_layers_are_before_the_last():
-    assert default_layers(30) == (22, 25, 27, 29)
+    assert default_layers(30) == (22, 25, 27, 28, 29)
     assert default_layers(18) == (13, 15, 16, 17)
     assert default_layers(2) == (1,) and default_layers(1) == ()
     assert check_layers([3, 1, 3], 4) == (1, 3)
