@@ -26,6 +26,7 @@ class Reason(StrEnum):
     UNCONSTRAINED = "unconstrained"  # label-word task, output not limited to the label words
     ADAPTER = "adapter"  # the request is for a LoRA adapter, which the table knows nothing of
     FAR = "far"  # nearest rows beyond the task's distance bound
+    NO_EXIT = "no-exit"  # no exit keeps the quality asked for on any row: nothing was looked up
     NO_EVIDENCE = "no-evidence"  # no neighbour was answered correctly by any layer
     TIMEOUT = "timeout"  # the look-up took too long
     ERROR = "error"  # the look-up failed

@@ -44,6 +44,9 @@ from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import TASKS
 
+ROUNDING = 1e-5
+"""What sums of float32 qualities may be off by, as a share."""
+
 
 class KnowsItself(Encodes, Protocol):
     """An encoder that says which one it is, as `Encoder` does."""
@@ -103,6 +106,7 @@ class ExitRetriever:
         self.choices = {name: index.choice for name, index in indexes.items()}
         self._heads = [index.heads for index in indexes.values()]
         self._names = tuple(indexes)
+        self._most_kept = {name: index.most_kept for name, index in indexes.items()}
         self._bounds = [index.distance_bound for index in indexes.values()]
         self._ends = np.cumsum([len(index) for index in indexes.values()])
         self._label_counts = {
@@ -193,14 +197,31 @@ class ExitRetriever:
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
 
-        Full depth where the nearest rows are too far (FAR) or no neighbour was answered correctly
-        (NO_EVIDENCE). `lookup_ms` is the time of the whole batch.
+        Full depth where no exit keeps the quality asked for on any row (NO_EXIT; then the text is
+        embedded only to explain it), the nearest rows are too far (FAR) or no neighbour was
+        answered correctly (NO_EVIDENCE). `lookup_ms` is the time of the whole batch.
         Raises RaeeError for k < 1, a quality outside (0, 1], an unknown rule or an unknown task.
         """
         start = time.perf_counter()
         for lookup in lookups:
             self._check(lookup)
+        asked = [i for i, own in enumerate(lookups) if own.explain or not self._never_exits(own)]
         cost = LookupCost()
+        found = dict(zip(asked, self._looked_up([lookups[i] for i in asked], cost), strict=True))
+        self.observe(cost)
+        lookup_ms = (time.perf_counter() - start) * 1000
+        decisions = [
+            found[i]
+            if i in found
+            else ExitDecision.full(self.num_layers, Reason.NO_EXIT, task=lookup.candidates[0])
+            for i, lookup in enumerate(lookups)
+        ]
+        return [replace(decision, lookup_ms=lookup_ms) for decision in decisions]
+
+    def _looked_up(self, lookups: Sequence[Lookup], cost: LookupCost) -> list[ExitDecision]:
+        """By the rows nearest to each."""
+        if not lookups:
+            return []
         vectors = self._encoded(lookups, cost)
         decisions: dict[int, ExitDecision] = {}
         for candidates, members in _by_candidates(lookups).items():
@@ -210,9 +231,13 @@ class ExitRetriever:
             with cost.of("aggregate"):
                 for i, neighbours in zip(members, found, strict=True):
                     decisions[i] = self._decide_one(lookups[i], neighbours)
-        self.observe(cost)
-        lookup_ms = (time.perf_counter() - start) * 1000
-        return [replace(decisions[i], lookup_ms=lookup_ms) for i in range(len(lookups))]
+        return [decisions[i] for i in range(len(lookups))]
+
+    def _never_exits(self, lookup: Lookup) -> bool:
+        """Whether no rows, were they the nearest, could lead to an exit before full depth."""
+        choice = self._choice_for(lookup, lookup.candidates[0])
+        is_alone, most = len(lookup.candidates) == 1, self._most_kept[lookup.candidates[0]]
+        return is_alone and choice.rule == QUALITY and choice.quality > most * (1 + ROUNDING)
 
     def rule_for(self, task: str, asked: str | None) -> str:
         """The rule that chooses a task's exits where that one, or None, is asked for."""
@@ -274,6 +299,8 @@ class ExitRetriever:
                 self._bounds[owner],
                 lookup.min_layer,
             )
+        if self._never_exits(lookup):
+            return ExitDecision.full(self.num_layers, Reason.NO_EXIT, **about)
         if self._is_far(owner, lookup.candidates, found):
             return ExitDecision.full(self.num_layers, Reason.FAR, **about)
         share = share_of(rule, choice.fraction, choice.quality)

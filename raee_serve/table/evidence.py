@@ -54,6 +54,18 @@ def kept_quality(quality: NDArray[np.float32]) -> NDArray[np.float64]:
     return sums / full if full > 0 else np.zeros_like(sums)
 
 
+def most_kept(quality: NDArray[np.float32]) -> float:
+    """[n, heads, num_layers] quality of rows -> the largest share of full depth's that any exit
+    before the last layer keeps on any of them; infinite where full depth has none and an exit has.
+
+    No neighbours, however weighed, say more of an exit.
+    """
+    best = quality[:, :, :-1].max(axis=(1, 2), initial=0).astype(np.float64)
+    unmatched = np.where(best > 0, np.inf, 0.0)
+    full = quality[:, 0, -1]
+    return float(np.divide(best, full, out=unmatched, where=full > 0).max())
+
+
 def label_evidence(scores: NDArray[np.floating], golds: NDArray[np.int32]) -> NDArray[np.float32]:
     """[n, num_layers, num_labels] scores of the label words, [n] label indices -> [n, num_layers].
 

@@ -17,7 +17,7 @@ from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.heads import nearest_others
 from raee_serve.retrieval.retriever import ExitRetriever, Lookup
 from raee_serve.retrieval.trust import believed, trust_in
-from raee_serve.table.evidence import evidence_of, free_text_quality, kept_quality
+from raee_serve.table.evidence import evidence_of, free_text_quality, kept_quality, most_kept
 from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
@@ -256,6 +256,55 @@ def test_why_is_told_by_exit_head(served, encoder):
     assert (told.choice.rule, told.choice.quality) == (QUALITY, 0.95)
     assert told.scores["plain"] == pytest.approx([0, 0.9, 0, 1], abs=1e-5)
     assert told.scores["shortcut"] == pytest.approx([0.97, 0, 0.99, 0], abs=1e-5)
+
+
+def test_what_no_row_keeps_is_not_looked_up(served, encoder):
+    retriever = opened(served, encoder)
+    retriever.decide([Lookup(("xsum",), "warm up")])
+    costs = []
+    retriever.observe = costs.append
+    lookups = [
+        Lookup(("xsum",), "one more text", quality=1.0),
+        Lookup(("xsum",), FOOD[0], quality=0.85),
+        Lookup(("xsum",), "yet another", quality=1.0, explain=True),
+    ]
+    unread, read, explained = retriever.decide(lookups)
+    assert (unread.reason, unread.exit_layer) == (Reason.NO_EXIT, 4)
+    assert (unread.task, unread.distance, unread.explanation) == ("xsum", None, None)
+    assert unread.lookup_ms == read.lookup_ms > 0
+    assert (read.reason, read.exit_layer) == (Reason.RETRIEVED, 2)
+    assert (explained.reason, explained.exit_layer) == (Reason.NO_EXIT, 4)
+    assert explained.distance is not None and explained.explanation.scores["plain"][-1] == 1
+    [cost] = costs
+    assert cost.cache_hits + cost.cache_misses == 2
+
+
+def test_other_rules_and_label_words_are_always_looked_up(served, encoder):
+    lookups = [Lookup(("xsum",), FOOD[0], rule="earliest", quality=1.0)]
+    lookups += [Lookup(("sst2",), FOOD[0], quality=1.0)]
+    decisions = opened(served, encoder).decide(lookups)
+    assert all(decision.distance is not None for decision in decisions)
+
+
+@given(
+    arrays(np.float32, (5, 2, 4), elements=st.floats(0, 1, width=32)),
+    arrays(np.float32, 5, elements=st.floats(0, 2, width=32)),
+    st.integers(1, 4),
+)
+def test_neighbours_never_say_more_than_the_best_row(quality, distances, min_layer):
+    quality[:, 1, -1] = 0  # full depth has no shortcut
+    most = most_kept(quality)
+    for asked in {min(1.0, most * 1.001 + 1e-9), 1.0}:
+        if asked <= most * 1.0005:
+            continue
+        layer, _ = exits(RULE, quality[:, :, min_layer - 1 :], distances, fraction=asked)
+        assert layer in (5 - min_layer, 0), (asked, most)
+
+
+def test_most_kept_without_exits_or_without_full_depth():
+    assert most_kept(np.ones((3, 2, 1), np.float32)) == 0
+    hits = np.array([[[0.5, 0.0]], [[0.2, 0.4]]], np.float32)
+    assert most_kept(hits) == np.inf and most_kept(hits[1:]) == pytest.approx(0.5)
 
 
 def test_label_words_keep_their_own_rule(served, encoder):

@@ -11,6 +11,7 @@ const REASONS = {
     "This is a label-word task whose output is not limited to its label words. Choose the task.",
   adapter: "The request is for an adapter, of which the table knows nothing.",
   far: "Even the nearest rows are farther away than the task's own rows are from each other.",
+  "no-exit": "No exit of this task keeps the quality asked for, whatever the neighbours.",
   "no-evidence": "No layer answers any of the neighbours correctly.",
   timeout: "The look-up took longer than the server waits for it.",
   error: "The look-up failed; the server's log says why.",
