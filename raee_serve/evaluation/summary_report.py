@@ -16,6 +16,7 @@ from raee_serve.evaluation.paired import compare_scores
 from raee_serve.evaluation.report import markdown_table
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Row, Turn
 from raee_serve.retrieval.drawing import pyplot
+from raee_serve.server.loops import LoopDetector
 
 PUBLISHED = {"cnndm": 0.1401, "xsum": 0.0715}
 """ROUGE-L in the RAEE paper (arXiv 2405.15198), which does not say of what backbone."""
@@ -35,8 +36,9 @@ class RowResult:
     rouge1, rouge2, rougeL: mean F1, 0..1. difference: in ROUGE-L from full depth, over the same
     documents, with its bootstrap 95% interval and p. kept: share of full depth's ROUGE-L.
     depth: mean share of the layers; an answer that looped and was begun again at full depth counts
-    both runs. restarted: share of such answers. tokens_per_s: of prompts and answers; speedup:
-    documents a second over full depth's. reasons: why documents got their depths.
+    both runs. restarted: share of such answers. loops: share of answers that repeat themselves, by
+    the loop guard's test on words; only retrieved exits are guarded. tokens_per_s: of prompts and
+    answers; speedup: documents a second over full depth's. reasons: why documents got their depths.
     """
 
     row: str
@@ -52,6 +54,7 @@ class RowResult:
     kept: float
     depth: float
     restarted: float
+    loops: float
     answer_tokens: float
     tokens_per_s: float
     documents_per_s: float
@@ -94,12 +97,19 @@ def _result(
         kept=float(scores["rougeL"].mean()) / mean_full if mean_full else 0.0,
         depth=float(np.mean([answer.depth for answer in answers])),
         restarted=float(np.mean([answer.restarted for answer in answers])),
+        loops=float(np.mean([has_loop(answer.text) for answer in answers])),
         answer_tokens=float(np.mean([answer.output_tokens for answer in answers])),
         tokens_per_s=tokens / seconds,
         documents_per_s=len(answers) / seconds,
         speedup=sum(turn.seconds for turn in full) / seconds,
         reasons=dict(Counter(answer.reason for answer in answers)),
     )
+
+
+def has_loop(text: str) -> bool:
+    """Whether the loop guard's test finds a loop in its words."""
+    numbers: dict[str, int] = {}
+    return LoopDetector().add_all(numbers.setdefault(word, len(numbers)) for word in text.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +161,7 @@ def published(task: str) -> float | None:
 
 HEADINGS = (
     "exit", "ROUGE-1", "ROUGE-2", "ROUGE-L", "against full depth", "kept", "depth", "restarted",
-    "tokens/s", "documents/s", "speed",
+    "loops", "tokens/s", "documents/s", "speed",
 )  # fmt: skip
 HEADINGS_OVER_TASKS = ("exit", "ROUGE-L", "kept", "depth", "speed")
 
@@ -225,6 +235,7 @@ def _cells(row: RowResult) -> tuple[str, ...]:
         f"{row.kept:.3f}",
         f"{row.depth:.3f}",
         f"{row.restarted:.2f}",
+        f"{row.loops:.2f}",
         f"{row.tokens_per_s:.0f}",
         f"{row.documents_per_s:.2f}",
         f"{row.speedup:.2f}",

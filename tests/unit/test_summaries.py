@@ -16,6 +16,7 @@ from raee_serve.evaluation.summary_report import (
     as_fields,
     as_markdown,
     draw,
+    has_loop,
     over_tasks,
     published,
     results,
@@ -153,6 +154,14 @@ def test_what_was_begun_again_counts_both_runs():
     _, found = results(rows_of([2], {})[:2], turns, REFERENCES)
     assert found.depth == pytest.approx((0.5 + 0.5 + 1.5) / 3)
     assert found.restarted == pytest.approx(1 / 3)
+
+
+def test_answers_that_loop_are_counted():
+    assert has_loop("He said that " + "it is so, " * 6)
+    assert not has_loop("no no no no") and not has_loop("") and not has_loop(REFERENCES[0])
+    texts = [REFERENCES[0], "and on " * 9, REFERENCES[2]]
+    [row] = results([FULL_DEPTH], [turn("full depth", 0, texts)], REFERENCES)
+    assert row.loops == pytest.approx(1 / 3) and row.restarted == 0
 
 
 def test_tasks_count_alike():
