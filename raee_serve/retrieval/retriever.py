@@ -210,12 +210,7 @@ class ExitRetriever:
         found = dict(zip(asked, self._looked_up([lookups[i] for i in asked], cost), strict=True))
         self.observe(cost)
         lookup_ms = (time.perf_counter() - start) * 1000
-        decisions = [
-            found[i]
-            if i in found
-            else ExitDecision.full(self.num_layers, Reason.NO_EXIT, task=lookup.candidates[0])
-            for i, lookup in enumerate(lookups)
-        ]
+        decisions = [found.get(i) or self._no_exit(lookup) for i, lookup in enumerate(lookups)]
         return [replace(decision, lookup_ms=lookup_ms) for decision in decisions]
 
     def _looked_up(self, lookups: Sequence[Lookup], cost: LookupCost) -> list[ExitDecision]:
@@ -235,9 +230,15 @@ class ExitRetriever:
 
     def _never_exits(self, lookup: Lookup) -> bool:
         """Whether no rows, were they the nearest, could lead to an exit before full depth."""
-        choice = self._choice_for(lookup, lookup.candidates[0])
-        is_alone, most = len(lookup.candidates) == 1, self._most_kept[lookup.candidates[0]]
-        return is_alone and choice.rule == QUALITY and choice.quality > most * (1 + ROUNDING)
+        choices = {name: self._choice_for(lookup, name) for name in lookup.candidates}
+        return all(
+            choice.rule == QUALITY and choice.quality > self._most_kept[name] * (1 + ROUNDING)
+            for name, choice in choices.items()
+        )
+
+    def _no_exit(self, lookup: Lookup) -> ExitDecision:
+        task = lookup.candidates[0] if len(lookup.candidates) == 1 else None
+        return ExitDecision.full(self.num_layers, Reason.NO_EXIT, task=task)
 
     def rule_for(self, task: str, asked: str | None) -> str:
         """The rule that chooses a task's exits where that one, or None, is asked for."""

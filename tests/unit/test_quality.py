@@ -277,6 +277,10 @@ def test_what_no_row_keeps_is_not_looked_up(served, encoder):
     assert explained.distance is not None and explained.explanation.scores["plain"][-1] == 1
     [cost] = costs
     assert cost.cache_hits + cost.cache_misses == 2
+    [either] = retriever.decide([Lookup(("xsum", "cnndm"), "of either task", quality=1.0)])
+    assert (either.reason, either.task, either.distance) == (Reason.NO_EXIT, None, None)
+    [one] = retriever.decide([Lookup(("xsum", "cnndm"), "of either task", quality=0.98)])
+    assert one.distance is not None  # no row of cnndm keeps as much, but some of xsum do
 
 
 def test_other_rules_and_label_words_are_always_looked_up(served, encoder):
