@@ -39,6 +39,7 @@ from raee_serve.retrieval.task_index import (
 )
 from raee_serve.retrieval.vector_cache import Encodes, VectorCache
 from raee_serve.shortcuts import Shortcuts
+from raee_serve.table.evidence import most_kept
 from raee_serve.table.schema import EncoderIdentity, RuleChoice, TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
@@ -70,6 +71,11 @@ class Lookup:
     min_layer: int = 1
     explain: bool = False
     quality: float | None = None
+
+    @property
+    def task(self) -> str | None:
+        """The one that the prompt belongs to, None where it may belong to several."""
+        return self.candidates[0] if len(self.candidates) == 1 else None
 
 
 class ExitRetriever:
@@ -106,7 +112,12 @@ class ExitRetriever:
         self.choices = {name: index.choice for name, index in indexes.items()}
         self._heads = [index.heads for index in indexes.values()]
         self._names = tuple(indexes)
-        self._most_kept = {name: index.most_kept for name, index in indexes.items()}
+        by_exit = list(read_by(QUALITY_RULE, biases_labels=False).values())
+        self._most_kept = {
+            name: most_kept(index.evidence[:, by_exit])
+            for name, index in indexes.items()
+            if not index.heads
+        }
         self._bounds = [index.distance_bound for index in indexes.values()]
         self._ends = np.cumsum([len(index) for index in indexes.values()])
         self._label_counts = {
@@ -210,7 +221,10 @@ class ExitRetriever:
         found = dict(zip(asked, self._looked_up([lookups[i] for i in asked], cost), strict=True))
         self.observe(cost)
         lookup_ms = (time.perf_counter() - start) * 1000
-        decisions = [found.get(i) or self._no_exit(lookup) for i, lookup in enumerate(lookups)]
+        decisions = [
+            found.get(i) or ExitDecision.full(self.num_layers, Reason.NO_EXIT, task=lookup.task)
+            for i, lookup in enumerate(lookups)
+        ]
         return [replace(decision, lookup_ms=lookup_ms) for decision in decisions]
 
     def _looked_up(self, lookups: Sequence[Lookup], cost: LookupCost) -> list[ExitDecision]:
@@ -235,10 +249,6 @@ class ExitRetriever:
             choice.rule == QUALITY and choice.quality > self._most_kept[name] * (1 + ROUNDING)
             for name, choice in choices.items()
         )
-
-    def _no_exit(self, lookup: Lookup) -> ExitDecision:
-        task = lookup.candidates[0] if len(lookup.candidates) == 1 else None
-        return ExitDecision.full(self.num_layers, Reason.NO_EXIT, task=task)
 
     def rule_for(self, task: str, asked: str | None) -> str:
         """The rule that chooses a task's exits where that one, or None, is asked for."""
@@ -300,8 +310,8 @@ class ExitRetriever:
                 self._bounds[owner],
                 lookup.min_layer,
             )
-        if self._never_exits(lookup):
-            return ExitDecision.full(self.num_layers, Reason.NO_EXIT, **about)
+            if self._never_exits(lookup):  # others of these are not looked up
+                return ExitDecision.full(self.num_layers, Reason.NO_EXIT, **about)
         if self._is_far(owner, lookup.candidates, found):
             return ExitDecision.full(self.num_layers, Reason.FAR, **about)
         share = share_of(rule, choice.fraction, choice.quality)

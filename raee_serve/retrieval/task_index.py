@@ -31,12 +31,7 @@ from raee_serve.retrieval.heads import (
 )
 from raee_serve.retrieval.stacking import stacked
 from raee_serve.retrieval.trust import believed, trust_in
-from raee_serve.table.evidence import (
-    evidence_of,
-    free_text_quality,
-    label_evidence,
-    most_kept,
-)
+from raee_serve.table.evidence import evidence_of, free_text_quality, label_evidence
 from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 
@@ -78,8 +73,6 @@ class TaskIndex:
     distance_bound: mean cosine distance beyond which the nearest rows say nothing.
     choice: how exits are chosen unless a look-up says otherwise.
     heads: those that bias label words, by name; empty for free text.
-    most_kept: of full depth's quality by any exit on any row, as rule `quality` believes them; 0
-        for label words, of which that rule is not asked.
     """
 
     ids: list[str]
@@ -90,7 +83,6 @@ class TaskIndex:
     distance_bound: float
     choice: RuleChoice
     heads: Mapping[HeadName, Head]
-    most_kept: float
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,14 +113,13 @@ def load_task(
     evidence = np.zeros((len(rows), len(HEADS), table.metadata.backbone.num_layers), np.float32)
     evidence[:, 0] = evidence_of(rows, entry, evidence.shape[2])
     heads: Mapping[HeadName, Head] = {}
-    most = 0.0
     if entry.kind == "labels":
         heads = _hear_heads(evidence, rows, entry, drawn, blocks, choice.vote_weight)
     else:
         by_exit = free_text_quality(rows, entry, evidence.shape[2])
-        told = believed(by_exit, _trust(by_exit, drawn, quality_neighbours(choice)))
-        evidence[:, 1 : 1 + len(EXIT_HEADS)] = told
-        most = most_kept(told)
+        evidence[:, 1 : 1 + len(EXIT_HEADS)] = believed(
+            by_exit, _trust(by_exit, drawn, quality_neighbours(choice))
+        )
     return TaskIndex(
         rows.ids,
         rows.vectors if keep_vectors else None,
@@ -138,7 +129,6 @@ def load_task(
         _distance_bound(blocks(AT_ONCE), drawn) if max_distance is None else max_distance,
         choice,
         heads,
-        most,
     )
 
 

@@ -142,5 +142,4 @@ class LookupBatcher:
             )
 
     def _full(self, reason: Reason, lookup: Lookup, lookup_ms: float) -> ExitDecision:
-        task = lookup.candidates[0] if len(lookup.candidates) == 1 else None
-        return ExitDecision.full(self._num_layers, reason, task=task, lookup_ms=lookup_ms)
+        return ExitDecision.full(self._num_layers, reason, task=lookup.task, lookup_ms=lookup_ms)
