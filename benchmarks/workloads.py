@@ -1,6 +1,7 @@
 """What the systems are given to do."""
 
 import random
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,3 +47,16 @@ WORKLOADS = {
         Workload("single", 1, 32, 64),
     )
 }
+
+
+def workload_named(text: str) -> Workload:
+    """An argument that names one of WORKLOADS, or NAME:N with N of its requests at most.
+
+    Raises `ArgumentTypeError` for any other.
+    """
+    name, colon, number = text.partition(":")
+    if name not in WORKLOADS or (colon and not (number.isdecimal() and int(number) > 0)):
+        raise ArgumentTypeError(
+            f"workload {text!r}; allowed: {', '.join(WORKLOADS)}, or one with :N, N from 1"
+        )
+    return WORKLOADS[name].at_most(int(number)) if colon else WORKLOADS[name]

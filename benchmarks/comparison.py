@@ -1,0 +1,99 @@
+"""The systems of one model, started anew several times, and what they take side by side."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.statistics import Ratio, paired_ratio
+from benchmarks.systems import Job, System, run_side_by_side
+from benchmarks.workloads import Workload
+from raee_serve.checkpoints import local_checkpoint
+from raee_serve.cut import cut_checkpoint
+from raee_serve.engine.settings import engine_options
+from raee_serve.fingerprint import identify_backbone
+
+Jobs = dict[str, list[tuple[System, Job]]]
+"""What runs side by side: the jobs of each name, and whose they are."""
+
+
+class Comparison:
+    """The systems of one model and dtype, asked in turns; each starts when first asked for."""
+
+    def __init__(self, model: str, dtype: str, workdir: Path, kv_segments: Any) -> None:
+        self.checkpoint = local_checkpoint(model)
+        self.dtype = dtype
+        self.num_layers = identify_backbone(self.checkpoint).num_layers
+        self.startup_s: dict[str, list[float]] = {}
+        """By name of a system, of each of its starts."""
+        self._options = engine_options(kv_segments)
+        self._workdir = workdir
+        self._running: dict[str, System] = {}
+        self._seed = 0
+
+    @property
+    def ours(self) -> System:
+        return self._system("raee-serve", self.checkpoint, self._options)
+
+    def cut(self, depth: int) -> System:
+        """Vanilla on the checkpoint cut to `depth` layers; at full depth on the checkpoint."""
+        if depth == self.num_layers:
+            return self._system("vanilla", self.checkpoint, {})
+        path = self._workdir / str(depth)
+        if not path.exists():
+            cut_checkpoint(self.checkpoint, depth, path)
+        return self._system(f"cut to {depth}", path, {})
+
+    def part(
+        self, system: System, workload: Workload, exit_layers: list[int] | None = None
+    ) -> tuple[System, Job]:
+        """A job of `system`, with the prompts of this group."""
+        return system, workload.job(self._seed, system.vocab_size, exit_layers)
+
+    def new_prompts(self) -> None:
+        """From here on, the same for every system of a group."""
+        self._seed += 1
+
+    def close(self) -> None:
+        """End all systems; they start anew when they are asked for again."""
+        while self._running:
+            self._running.popitem()[1].close()
+
+    def _system(self, name: str, path: Path, options: dict[str, Any]) -> System:
+        if name not in self._running:
+            print(f"starting {name} ...", flush=True)
+            system = self._running[name] = System(name, path, self.dtype, options)
+            self.startup_s.setdefault(name, []).append(system.startup_s)
+        return self._running[name]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often all is measured: so many pairs of each of the starts of all systems."""
+
+    starts: int
+    pairs: int
+
+    def times(
+        self, comparison: Comparison, groups: Callable[[], Iterable[Jobs]]
+    ) -> dict[str, list[float]]:
+        """[starts * pairs] seconds by name of job; after each start one round warms up.
+
+        groups: of a round; the jobs of each run side by side, one group after the other.
+        """
+        times: list[dict[str, float]] = []
+        for start in range(self.starts):
+            comparison.close()
+            for pair in range(self.pairs + 1):
+                own: dict[str, float] = {}
+                for jobs in groups():
+                    seconds = run_side_by_side(jobs)
+                    comparison.new_prompts()
+                    own |= seconds
+                    said = "; ".join(f"{name}: {took:.2f} s" for name, took in seconds.items())
+                    print(f"start {start + 1}, pair {pair}: {said}", flush=True)
+                times += [own] if pair else []
+        return {name: [t[name] for t in times] for name in times[0]}
+
+    def ratio(self, numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+        return paired_ratio(numerators, denominators, self.starts)

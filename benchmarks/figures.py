@@ -1,0 +1,105 @@
+"""What `benchmarks.throughput` measures of a workload: uniform depths, and mixes of depths."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from benchmarks.comparison import Comparison, Jobs, Rounds
+from benchmarks.depths import ideal_parts
+from benchmarks.statistics import Ratio
+from benchmarks.systems import Job, System
+from benchmarks.workloads import Workload
+
+Times = Mapping[str, Sequence[float]]
+"""[pairs] seconds by name of job."""
+
+
+class Figure(Protocol):
+    """Something to measure: what has to run in each round, and what the times of it say."""
+
+    def groups(self, comparison: Comparison) -> Iterable[Jobs]: ...
+
+    def put_into(self, result: dict[str, Any], times: Times, rounds: Rounds) -> None: ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """All requests at one depth, for each of `depths`, against the checkpoint cut to it."""
+
+    workload: Workload
+    depths: Sequence[int]
+    """Full depth among them, for it has vanilla's times."""
+
+    def groups(self, comparison: Comparison) -> Iterable[Jobs]:
+        for depth in self.depths:
+            exits = [depth] * self.workload.num_requests
+            yield {
+                self._job("ours", depth): [comparison.part(comparison.ours, self.workload, exits)],
+                self._job("cut", depth): [comparison.part(comparison.cut(depth), self.workload)],
+            }
+
+    def put_into(self, result: dict[str, Any], times: Times, rounds: Rounds) -> None:
+        """`speedup` over vanilla and `efficiency` against the cut checkpoint, by depth."""
+        name, full = self.workload.name, max(self.depths)
+        vanilla = times[self._job("cut", full)]
+        for depth in self.depths:
+            ours = times[self._job("ours", depth)]
+            efficiency = rounds.ratio(times[self._job("cut", depth)], ours)
+            if depth == full:
+                report(name, "full depth / vanilla", efficiency)
+                result["full_depth_ratio"][name] = efficiency.as_dict()
+                continue
+            ratios = {"speedup": rounds.ratio(vanilla, ours), "efficiency": efficiency}
+            for kind, ratio in ratios.items():
+                report(name, f"depth {depth} of {full}: {kind}", ratio)
+            result["uniform"].setdefault(name, {})[depth] = {
+                kind: ratio.as_dict() for kind, ratio in ratios.items()
+            }
+
+    def _job(self, of: str, depth: int) -> str:
+        return f"{self.workload.name}, {of}, {depth}"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One batch of mixed depths, against `depths.ideal_parts`."""
+
+    workload: Workload
+    mix: str
+    exits: Sequence[int]
+    """[num_requests] exit layers."""
+
+    def groups(self, comparison: Comparison) -> Iterable[Jobs]:
+        added, taken_away = ideal_parts(self.exits)
+
+        def vanilla(depth: int, num_requests: int) -> tuple[System, Job]:
+            return comparison.part(comparison.cut(depth), self.workload.at_most(num_requests))
+
+        yield {
+            self._job("ours"): [comparison.part(comparison.ours, self.workload, list(self.exits))],
+            self._job("added"): [vanilla(*part) for part in added],
+            self._job("taken away"): [vanilla(*part) for part in taken_away],
+            self._job("vanilla"): [vanilla(comparison.num_layers, len(self.exits))],
+        }
+
+    def put_into(self, result: dict[str, Any], times: Times, rounds: Rounds) -> None:
+        """`speedup` over vanilla and `efficiency` against the ideal."""
+        name, ours = self.workload.name, times[self._job("ours")]
+        parts = zip(times[self._job("added")], times[self._job("taken away")], strict=True)
+        ratios = {
+            "speedup": rounds.ratio(times[self._job("vanilla")], ours),
+            "efficiency": rounds.ratio([added - taken for added, taken in parts], ours),
+        }
+        for kind, ratio in ratios.items():
+            report(name, f"mix {self.mix}: {kind}", ratio)
+        result["mixed"].setdefault(name, {})[self.mix] = {
+            **{kind: ratio.as_dict() for kind, ratio in ratios.items()},
+            "mean_depth": sum(self.exits) / len(self.exits),
+        }
+
+    def _job(self, of: str) -> str:
+        return f"{self.workload.name}, {self.mix}, {of}"
+
+
+def report(workload: str, what: str, ratio: Ratio) -> None:
+    print(f"{workload:14} {what:44} {ratio}", flush=True)
