@@ -275,4 +275,4 @@ def test_a_moved_plan_is_the_same_with_its_indices_elsewhere(requests):
 def test_recurring_widths_hold_their_rows_and_are_few(some, more):
     assert some <= recurring(some) <= some + 127 and recurring(recurring(some)) == recurring(some)
     assert (recurring(some) <= recurring(more)) or some > more
-    assert len({recurring(n) for n in range(1, 2049)}) == 43
+    assert len({recurring(n) for n in range(1, 2049)}) == 80
