@@ -33,11 +33,12 @@ def draw(result: dict[str, Any], workload: str, target: Path) -> None:
         capsize=3,
         label="raee-serve, all requests at one depth",
     )
-    for mix, figures in result["mixed"].get(workload, {}).items():
+    for place, (mix, figures) in enumerate(result["mixed"].get(workload, {}).items()):
         x, y = figures["mean_depth"] / n, figures["speedup"]
         axes.errorbar([x], [y["median"]], yerr=bars([y]), color=OURS, marker="D", capsize=3)
         axes.plot([x], [y["median"] / figures["efficiency"]["median"]], color=IDEAL, marker="D")
-        axes.annotate(f" {mix}", (x, y["median"]), color=INK, fontsize=8)
+        below = {"xytext": (0, -18 - 12 * place), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(mix, (x, y["median"]), color=INK, fontsize=8, **below)
     axes.set_xlabel("mean exit layer / number of layers")
     axes.set_ylabel("throughput / vanilla vLLM")
     axes.set_title(f"{result['model']}, {result['dtype']}, {workload}", color=INK, fontsize=10)

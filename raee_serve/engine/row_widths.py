@@ -2,9 +2,9 @@
 
 oneDNN makes a kernel for each number of rows that a matrix product is asked for, 1.4-2.9 ms each on
 a core with AMX (`ONEDNN_VERBOSE=profile_create`), 1 ms with AVX2, and keeps 1,024 of them; vLLM has
-each layer remember 32. vLLM asks for one number a step; the stages of a truncated step have several.
-When requests decode these are small and come again by themselves; in a step with prompts they hardly
-ever are those of the step before.
+each layer remember 32. vLLM asks for one number a step; the stages of a truncated step have
+several. When requests decode these are small and come again by themselves; in a step with prompts
+they hardly ever are those of the step before.
 """
 
 STEPS = ((32, 1), (64, 2), (128, 8), (512, 32))
