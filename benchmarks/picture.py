@@ -37,7 +37,7 @@ def draw(result: dict[str, Any], workload: str, target: Path) -> None:
         x, y = figures["mean_depth"] / n, figures["speedup"]
         axes.errorbar([x], [y["median"]], yerr=bars([y]), color=OURS, marker="D", capsize=3)
         axes.plot([x], [y["median"] / figures["efficiency"]["median"]], color=IDEAL, marker="D")
-        below = {"xytext": (0, -18 - 12 * place), "textcoords": "offset points", "ha": "center"}
+        below = {"xytext": (0, -14 - 9 * place), "textcoords": "offset points", "ha": "center"}
         axes.annotate(mix, (x, y["median"]), color=INK, fontsize=8, **below)
     axes.set_xlabel("mean exit layer / number of layers")
     axes.set_ylabel("throughput / vanilla vLLM")

@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-from raee_serve_patches.resting_core import rest_while_waiting
+from raee_serve_patches.resting_core import Rests, rest_while_waiting
 
 pytestmark = pytest.mark.unit
 
@@ -59,3 +59,25 @@ def test_an_answer_without_a_call_is_heard(queue):
     rest_while_waiting(SimpleNamespace(response_mqs=[reader]))
     writer._spin_condition.notify = lambda: None  # a call may get lost
     cpu_share(writer, reader)
+
+
+def test_the_longer_an_answer_takes_the_longer_are_the_rests(monkeypatch):
+    clock, rests = [0.0], []
+
+    def wait(timeout_ms):
+        rests.append(timeout_ms)
+        clock[0] += timeout_ms / 1000
+
+    monkeypatch.setattr(
+        "raee_serve_patches.resting_core.time", SimpleNamespace(monotonic=lambda: clock[0])
+    )
+    condition = SimpleNamespace(last_read=0.0, wait=wait)
+    own = Rests(condition)
+    while clock[0] < 1:
+        own.wait(5000)
+    assert rests[0] == 1 and rests == sorted(rests) and rests[-1] <= 100
+    assert len(rests) < 70
+    condition.last_read = clock[0]
+    own.wait(5000)
+    own.wait(0)
+    assert rests[-2:] == [1, 0]
