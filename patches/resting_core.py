@@ -49,7 +49,8 @@ class Rests:
     def __init__(self, condition: Any) -> None:
         self._condition = condition
         self._wait = condition.wait
-        self._last_read = self._since = condition.last_read
+        self._last_read: float | None = None  # before the first wait
+        self._since = 0.0
 
     def wait(self, timeout_ms: int | None = None) -> None:
         """As `SpinCondition.wait`, of a reader that looks for itself after a while."""

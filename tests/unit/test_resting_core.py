@@ -71,7 +71,7 @@ def test_the_longer_an_answer_takes_the_longer_are_the_rests(monkeypatch):
     monkeypatch.setattr(
         "raee_serve_patches.resting_core.time", SimpleNamespace(monotonic=lambda: clock[0])
     )
-    condition = SimpleNamespace(last_read=0.0, wait=wait)
+    condition = SimpleNamespace(last_read=-60.0, wait=wait)  # long before the first wait
     own = Rests(condition)
     while clock[0] < 1:
         own.wait(5000)
