@@ -21,10 +21,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.arguments import add_model_arguments
-from benchmarks.comparison import Comparison, Rounds
 from benchmarks.depths import DEPTHS, MIXES, depth_named, mixes
-from benchmarks.figures import Figure, Mixed, Uniform
 from benchmarks.machine import machine
+from benchmarks.throughput_comparison import Comparison, Rounds
+from benchmarks.throughput_figures import Figure, Mixed, Uniform
 from benchmarks.workloads import WORKLOADS, Workload, workload_named
 
 

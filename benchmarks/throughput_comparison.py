@@ -85,15 +85,22 @@ class Rounds:
         for start in range(self.starts):
             comparison.close()
             for pair in range(self.pairs + 1):
-                own: dict[str, float] = {}
-                for jobs in groups():
-                    seconds = run_side_by_side(jobs)
-                    comparison.new_prompts()
-                    own |= seconds
-                    said = "; ".join(f"{name}: {took:.2f} s" for name, took in seconds.items())
-                    print(f"start {start + 1}, pair {pair}: {said}", flush=True)
+                told_as = f"start {start + 1}, pair {pair}"
+                own = one_round(comparison, groups(), told_as)
                 times += [own] if pair else []
         return {name: [t[name] for t in times] for name in times[0]}
 
     def ratio(self, numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
         return paired_ratio(numerators, denominators, self.starts)
+
+
+def one_round(comparison: Comparison, groups: Iterable[Jobs], told_as: str) -> dict[str, float]:
+    """Seconds by name of job, told as they come; every group has prompts of its own."""
+    times: dict[str, float] = {}
+    for jobs in groups:
+        seconds = run_side_by_side(jobs)
+        comparison.new_prompts()
+        said = "; ".join(f"{name}: {took:.2f} s" for name, took in seconds.items())
+        print(f"{told_as}: {said}", flush=True)
+        times |= seconds
+    return times

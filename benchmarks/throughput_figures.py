@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from benchmarks.comparison import Comparison, Jobs, Rounds
 from benchmarks.depths import ideal_parts
 from benchmarks.statistics import Ratio
 from benchmarks.systems import Job, System
+from benchmarks.throughput_comparison import Comparison, Jobs, Rounds
 from benchmarks.workloads import Workload
 
 Times = Mapping[str, Sequence[float]]
@@ -50,11 +50,8 @@ class Uniform:
                 result["full_depth_ratio"][name] = efficiency.as_dict()
                 continue
             ratios = {"speedup": rounds.ratio(vanilla, ours), "efficiency": efficiency}
-            for kind, ratio in ratios.items():
-                report(name, f"depth {depth} of {full}: {kind}", ratio)
-            result["uniform"].setdefault(name, {})[depth] = {
-                kind: ratio.as_dict() for kind, ratio in ratios.items()
-            }
+            found = reported(name, f"depth {depth} of {full}", ratios)
+            result["uniform"].setdefault(name, {})[depth] = found
 
     def _job(self, of: str, depth: int) -> str:
         return f"{self.workload.name}, {of}, {depth}"
@@ -90,15 +87,20 @@ class Mixed:
             "speedup": rounds.ratio(times[self._job("vanilla")], ours),
             "efficiency": rounds.ratio([added - taken for added, taken in parts], ours),
         }
-        for kind, ratio in ratios.items():
-            report(name, f"mix {self.mix}: {kind}", ratio)
         result["mixed"].setdefault(name, {})[self.mix] = {
-            **{kind: ratio.as_dict() for kind, ratio in ratios.items()},
+            **reported(name, f"mix {self.mix}", ratios),
             "mean_depth": sum(self.exits) / len(self.exits),
         }
 
     def _job(self, of: str) -> str:
         return f"{self.workload.name}, {self.mix}, {of}"
+
+
+def reported(workload: str, what: str, ratios: Mapping[str, Ratio]) -> dict[str, dict[str, float]]:
+    """The ratios by kind as JSON has them, each told in a line."""
+    for kind, ratio in ratios.items():
+        report(workload, f"{what}: {kind}", ratio)
+    return {kind: ratio.as_dict() for kind, ratio in ratios.items()}
 
 
 def report(workload: str, what: str, ratio: Ratio) -> None:

@@ -9,7 +9,7 @@ they hardly ever are those of the step before.
 
 STEPS = ((32, 1), (64, 2), (128, 8), (512, 32))
 """Up to so many rows, widths are multiples of this. Filler costs what rows cost, with AVX2 from one
-row on: up to 64 rows, as decoding has them, it is less than 2%."""
+row on: up to 64 rows, as decoding has them, it is less than 1% on average."""
 BEYOND = 128
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.comparison import Comparison, Rounds
-from benchmarks.figures import Mixed, Uniform
 from benchmarks.throughput import figures
+from benchmarks.throughput_comparison import Comparison, Rounds
+from benchmarks.throughput_figures import Mixed, Uniform
 from benchmarks.workloads import WORKLOADS, workload_named
 
 pytestmark = pytest.mark.unit
@@ -74,7 +74,7 @@ def test_systems_of_a_group_have_the_same_prompts():
 def test_a_later_group_has_other_prompts(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "benchmarks.comparison.run_side_by_side",
+        "benchmarks.throughput_comparison.run_side_by_side",
         lambda jobs: {
             name: asked.append(parts[0][1]["prompts"]) or 1.0 for name, parts in jobs.items()
         },
