@@ -18,14 +18,16 @@ from tests.tiny import ENGINE_SIZES, WITH_TOKENIZER, tiny_llama, tokenized
 
 pytestmark = pytest.mark.server
 
-SHORT, LONG = 2, 900
-"""Tokens that are out long before, and long after, a server's time to stop."""
+SHORT, LONG = 100, 3000
+"""Tokens that are out long before, and long after, `TIME_TO_STOP_S` is over."""
+TIME_TO_STOP_S = 8
 PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, smollm2):
-    model = tiny_llama(6, **{**ENGINE_SIZES, **WITH_TOKENIZER})
+    sizes = {**ENGINE_SIZES, **WITH_TOKENIZER, "max_position_embeddings": 4096}
+    model = tiny_llama(6, **sizes)
     return tokenized(model, tmp_path_factory.mktemp("tiny") / "model", smollm2)
 
 
@@ -62,13 +64,17 @@ def long_requests(url):
     """Four that are under way, two of them streams; their outcomes are there afterwards."""
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, url, LONG, stream) for stream in (True, True, False, False)]
-        deadline = time.monotonic() + PATIENCE_S
-        while total(url, "vllm:num_requests_running") < len(asked):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until_running(url, len(asked))
         outcomes = []
         yield outcomes
         outcomes += [request.result(PATIENCE_S) for request in asked]
+
+
+def wait_until_running(url, count):
+    deadline = time.monotonic() + PATIENCE_S
+    while total(url, "vllm:num_requests_running") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def assert_gone(processes):
@@ -98,10 +104,11 @@ def test_on_sigterm_requests_are_told_that_they_are_not_answered(checkpoint):
 
 def test_on_sigterm_requests_are_answered_while_there_is_time(checkpoint):
     """Those that take longer than the time to stop end as they do without such a time."""
-    with serving(checkpoint, "--shutdown-timeout", "3") as (url, server, processes):
+    time_to_stop = ("--shutdown-timeout", str(TIME_TO_STOP_S))
+    with serving(checkpoint, *time_to_stop) as (url, server, processes):
         with long_requests(url) as outcomes, ThreadPoolExecutor(2) as pool:
             short = [pool.submit(ask, url, SHORT, stream) for stream in (True, False)]
-            time.sleep(0.5)
+            wait_until_running(url, 4 + len(short))
             server.send_signal(signal.SIGTERM)
             assert [request.result(PATIENCE_S) for request in short] == [(200, "length", True)] * 2
         assert outcomes == [(200, "abort", True)] * 4
