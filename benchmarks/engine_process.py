@@ -54,7 +54,8 @@ class EngineProcess:
         command: Sequence[str] = ("benchmarks.engine_child",),
         log: Path | None = None,
     ) -> None:
-        """engine: arguments of vLLM's. options: the extension's, empty for vanilla vLLM.
+        """engine: arguments of vLLM's. options: the extension's, empty for vanilla vLLM; `engine`
+        goes over them.
 
         command: the child's module and arguments. log: file that keeps what it says.
         """
@@ -71,7 +72,7 @@ class EngineProcess:
         )
         self._lines: Queue[str | None] = Queue()
         Thread(target=self._read, daemon=True).start()
-        self._send({**engine, **options})
+        self._send({**options, **engine})
 
     def ready(self, timeout_s: float | None = None) -> Job:
         """What it says of itself once it is up. Raises `EngineError`."""

@@ -26,7 +26,7 @@ CPU_WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
 GPU_WORKER_CLS = "raee_serve.engine.gpu_worker.TruncatingGPUWorker"
 WORKERS = (CPU_WORKER_CLS, GPU_WORKER_CLS)
 RESTING_EXECUTOR = "raee_serve.engine.executor.RestingExecutor"
-"""For `distributed_executor_backend`: what serving on a CPU takes instead of vLLM's "mp"."""
+"""For `distributed_executor_backend`: what engines on a CPU take instead of vLLM's "mp"."""
 
 KV_SEGMENTS_KEY = "raee_kv_segments"
 """Key of vLLM's `additional_config`: depth segments of the KV cache, a number or "auto"."""
@@ -52,7 +52,9 @@ def engine_options(
 
     The named classes are imported by vLLM itself, so an installation that cannot load them
     stops the engine instead of serving vanilla vLLM (invariant 6 of docs/architecture.md).
-    On CPU compilation is off: there it gains nothing and adds a minute to every start.
+    On CPU compilation is off: there it gains nothing and adds a minute to every start. An engine
+    core there sleeps while its workers compute, unless VLLM_ENABLE_V1_MULTIPROCESSING=0 has it
+    compute itself.
 
     With RAEE_OFF=1 the engine is vLLM's own, and exit layers have no effect.
     """
@@ -61,6 +63,8 @@ def engine_options(
         return options
     options["scheduler_cls"] = SCHEDULER_CLS
     options["worker_cls"] = GPU_WORKER_CLS if on_cuda() else CPU_WORKER_CLS
+    if not on_cuda() and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1":
+        options["distributed_executor_backend"] = RESTING_EXECUTOR
     additional: dict[str, Any] = {}
     if (count := parse_count(kv_segments)) != AUTO:
         additional[KV_SEGMENTS_KEY] = count

@@ -151,7 +151,6 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     serve_args = vllm_server.parse_serve_args(rest)
     vllm_server.with_options(serve_args, options)
     vllm_server.prefer_native_dtype(serve_args)
-    vllm_server.let_core_rest(serve_args)
     name, backbone = serve_args.model_tag, _backbone(serve_args)
     gate = _gate(serve_args, backbone, settings, safety, surface)
     _tell(name, backbone, vllm_server.size_kv_cache(serve_args))

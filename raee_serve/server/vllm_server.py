@@ -26,7 +26,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 from vllm.utils.system_utils import decorate_logs
 
 from raee_serve.checkpoints import weight_files
-from raee_serve.engine.settings import RESTING_EXECUTOR, is_off
+from raee_serve.engine.settings import is_off
 from raee_serve.errors import RaeeError
 from raee_serve.server.cores import spare_cores
 from raee_serve.server.engine_client import DepthClient
@@ -87,9 +87,12 @@ def _is_kv_cache_sized(args: Namespace) -> bool:
 def _refusals(args: Namespace) -> list[tuple[bool, str]]:
     """(refused, why) per front-end feature. The engine's are checked where its config is known."""
     count, plugins = args.api_server_count, envs.VLLM_PLUGINS
+    stages = args.pipeline_parallel_size
     return [
         (count not in (None, 1), f"--api-server-count {count}; allowed: 1"),
         (args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"),
+        # vLLM would refuse it for the engine core's executor, which is not the reason.
+        (stages > 1 and not is_off(), f"--pipeline-parallel-size {stages}; allowed: 1"),
         (args.headless, "--headless: admission needs the HTTP server"),
         (args.grpc, "--grpc: admission reads HTTP requests"),
         (envs.VLLM_USE_RUST_FRONTEND, "VLLM_USE_RUST_FRONTEND: admission runs in Python"),
@@ -113,8 +116,9 @@ def _refusals(args: Namespace) -> list[tuple[bool, str]]:
 def with_options(args: Namespace, options: Mapping[str, Any]) -> None:
     """Put the extension's engine options onto the parsed arguments, in place.
 
-    An `--additional-config` of the user's keeps its other entries. A scheduler or worker class of
-    the user's is refused with ServeError: ours cannot share the engine with another.
+    An `--additional-config` of the user's keeps its other entries, and a
+    `--distributed-executor-backend` stands. A scheduler or worker class of the user's is refused
+    with ServeError: ours cannot share the engine with another.
     """
     for name, value in options.items():
         given = getattr(args, name)
@@ -123,16 +127,9 @@ def with_options(args: Namespace, options: Mapping[str, Any]) -> None:
             raise ServeError(f"{flag} {given!r} is given; raee-serve needs its own: {value}")
         if name == "additional_config":
             value = {**(given or {}), **value}
+        if name == "distributed_executor_backend" and given is not None:
+            value = given
         setattr(args, name, value)
-
-
-def let_core_rest(args: Namespace) -> None:
-    """On a CPU have the engine core sleep while its workers compute, in place.
-
-    A --distributed-executor-backend of the user's stands.
-    """
-    if current_platform.is_cpu() and args.distributed_executor_backend is None and not is_off():
-        args.distributed_executor_backend = RESTING_EXECUTOR
 
 
 def prefer_native_dtype(args: Namespace) -> None:

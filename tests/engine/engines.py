@@ -63,7 +63,7 @@ def engine_in_process(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
     """As `running_engine`, in this process and so up sooner; one at a time."""
     with patch.dict(os.environ, IN_PROCESS):
         try:
-            with running_engine(checkpoint, **{**UNIPROCESS, **changes}) as llm:
+            with running_engine(checkpoint, **{**changes, **UNIPROCESS}) as llm:
                 yield llm
         finally:
             cleanup_dist_env_and_memory()

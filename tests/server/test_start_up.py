@@ -83,6 +83,7 @@ def test_neither_a_table_nor_a_depth():
         (["--exit-layer", "31"], "'31'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "half"], "'half'; allowed: 1..30 or 'full'"),
         (["--exit-layer", "3", "--api-server-count", "2"], "--api-server-count 2; allowed: 1"),
+        (["--exit-layer", "3", "--pipeline-parallel-size", "2"], "-size 2; allowed: 1"),
         (["--exit-layer", "3", "--headless"], "--headless"),
         (["--exit-layer", "3", "--grpc"], "--grpc"),
         (["--exit-layer", "3", "--revision", "main"], "--revision main"),
@@ -108,7 +109,7 @@ def test_kv_segments_reach_the_engine_beside_the_users_own_config():
 def test_the_engine_core_rests_unless_the_user_chose_an_executor_or_vanilla(monkeypatch):
     def executor(*flags):
         args = vllm_server.parse_serve_args(["m", *flags])
-        vllm_server.let_core_rest(args)
+        vllm_server.with_options(args, engine_options())
         return args.distributed_executor_backend
 
     assert executor() == (RESTING_EXECUTOR if current_platform.is_cpu() else None)

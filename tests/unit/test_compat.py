@@ -15,6 +15,7 @@ from raee_serve.engine.compat import UnsupportedError, check_attention, check_en
 from raee_serve.engine.settings import (
     CPU_WORKER_CLS,
     GPU_WORKER_CLS,
+    RESTING_EXECUTOR,
     SCHEDULER_CLS,
     engine_options,
     exit_points,
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.unit
 
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+ONE_OF_VLLMS = {"distributed_executor_backend": "mp"}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
 
 
@@ -63,7 +65,7 @@ def test_speculation_from_hidden_states_is_named(smollm2):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline parallel size 2"),
+        ({"pipeline_parallel_size": 2, **ONE_OF_VLLMS}, "pipeline parallel size 2"),
         ({"enforce_eager": False}, "torch.compile"),
         ({"scheduler_cls": None}, "truncating_scheduler"),
         ({"worker_cls": "auto"}, "TruncatingCPUWorker"),
@@ -114,7 +116,7 @@ def test_model_runner_v1_on_cuda_is_named(smollm2, cuda, monkeypatch):
     [
         ({"enable_lora": True}, "LoRA"),
         ({"worker_cls": CPU_WORKER_CLS}, "gpu_worker.TruncatingGPUWorker"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallel size 2"),
+        ({"pipeline_parallel_size": 2, **ONE_OF_VLLMS}, "pipeline parallel size 2"),
         ({"kv_transfer_config": CONNECTOR}, "KV connectors"),
     ],
     ids=["lora", "worker", "pipeline", "connector"],
@@ -163,4 +165,7 @@ def test_options_are_those_of_the_torch_build(monkeypatch):
         "scheduler_cls": SCHEDULER_CLS,
         "worker_cls": CPU_WORKER_CLS,
         "enforce_eager": True,
+        "distributed_executor_backend": RESTING_EXECUTOR,
     }
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    assert "distributed_executor_backend" not in engine_options()
