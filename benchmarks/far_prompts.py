@@ -11,7 +11,8 @@ import string
 from collections.abc import Callable
 
 from raee_serve.records import Reason
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.lookup import Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.shortcuts import stored_shortcuts
 from raee_serve.table.datasets import DEFAULT_ROOT, shuffled_examples
 from raee_serve.table.store import ExitTable

@@ -31,8 +31,9 @@ from benchmarks.prompt_rows import BACKBONE, TASK, make_table, texts
 from benchmarks.retrieval_encoders import compare_encoders
 from benchmarks.retrieval_server import throughput_ratio
 from raee_serve.retrieval.encoder import Encoder
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.resources import BATCH_SIZE, DEFAULT_BACKEND
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.table.datasets import DEFAULT_ROOT
 from raee_serve.table.index import KINDS, kind_for
 from raee_serve.table.store import ExitTable

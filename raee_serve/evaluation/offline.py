@@ -21,8 +21,9 @@ from raee_serve.evaluation.offline_report import as_json, as_tables
 from raee_serve.evaluation.probed import KnownVectors, ProbeCache, ProbedTask
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.aggregate import RULES, rule_named
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.points_command import points_named
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.server.settings import DepthSettings
 from raee_serve.shortcuts import stored_shortcuts
 from raee_serve.table.datasets import Example

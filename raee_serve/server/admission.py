@@ -11,7 +11,7 @@ from typing import Any
 
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.aggregate import RULE_NAMES
-from raee_serve.retrieval.retriever import Lookup
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.limits import LabelOutputs, LabelTokens, OutputLimit
 from raee_serve.server.options import OptionError, RaeeOptions, parse_options
 from raee_serve.server.prompts import Kind, TextPrompt, is_rendered_plainly, is_text, whole_text

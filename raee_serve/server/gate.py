@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.retriever import Lookup
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.access import Access
 from raee_serve.server.admission import Admission, Plan
 from raee_serve.server.depths import Comparison, PromptDepth

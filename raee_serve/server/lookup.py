@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.retriever import Lookup
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.daemon_thread import DaemonThread
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.retriever import Lookup
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.admission import Admission
 from raee_serve.server.limits import LabelOutputs
 from raee_serve.server.prompts import read_prompts

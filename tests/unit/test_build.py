@@ -12,7 +12,8 @@ from raee_serve import cli
 from raee_serve.errors import TaskError
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.records import Reason
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.lookup import Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table.build import BATCHES_PER_COMMIT, TaskBuilder
 from raee_serve.table.datasets import Example

@@ -130,7 +130,7 @@ def test_an_encoder_that_hangs_means_full_depth_until_it_goes_on(uri, tokenizer,
 
 HANGS = """
 import asyncio, threading
-from raee_serve.retrieval.retriever import Lookup
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server import lookup
 
 lookup.CLOSE_TIMEOUT_S = 0.1

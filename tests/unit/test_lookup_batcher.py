@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.retriever import Lookup
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.lookup import MAX_BATCH, LookupBatcher
 
 pytestmark = pytest.mark.unit

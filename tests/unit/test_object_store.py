@@ -14,7 +14,8 @@ from raee_serve import cli
 from raee_serve.errors import TableError
 from raee_serve.records import Reason
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.lookup import Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table.store import ExitTable
 from tests.tiny import tokenized_llama

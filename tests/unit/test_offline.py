@@ -18,7 +18,8 @@ from raee_serve.evaluation.offline import STORED, answers
 from raee_serve.evaluation.probed import KnownVectors, ProbeCache, ProbedTask
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.aggregate import RULES
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.lookup import Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.shortcuts import FILE_NAME
 from raee_serve.table.datasets import Example
 from raee_serve.table.schema import RuleChoice, TaskEntry

@@ -15,7 +15,8 @@ from raee_serve.records import Reason
 from raee_serve.retrieval.aggregate import QUALITY, RULE_NAMES, decide, exits, rule_named
 from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
 from raee_serve.retrieval.heads import nearest_others
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.lookup import Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.trust import believed, trust_in
 from raee_serve.table.evidence import evidence_of, free_text_quality, kept_quality, most_kept
 from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows

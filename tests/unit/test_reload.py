@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import Reason
-from raee_serve.retrieval.retriever import Lookup
+from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.admission import Admission
 from raee_serve.server.gate import Gate
 from raee_serve.server.loading import TableLoader

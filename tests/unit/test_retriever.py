@@ -13,7 +13,8 @@ from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import Reason
 from raee_serve.retrieval import retriever as retriever_module
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.lookup import Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.schema import RuleChoice

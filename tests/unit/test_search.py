@@ -9,7 +9,8 @@ from raee_serve.cli import main
 from raee_serve.errors import TableError
 from raee_serve.records import Reason
 from raee_serve.retrieval.heads import LeaveOneOutVotes
-from raee_serve.retrieval.retriever import ExitRetriever, Lookup
+from raee_serve.retrieval.lookup import Lookup
+from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.search import InMemorySearch, largest
 from raee_serve.retrieval.task_index import AT_ONCE, MIN_BOUND, load_task
 from raee_serve.table.check_command import measure_recall

@@ -1,0 +1,38 @@
+"""A question to a table: what to look up for one prompt."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What to look up for one prompt.
+
+    candidates: names of the tasks it may belong to, one or more; rows of all of them are searched.
+    key_text: what the prompt says in the template's slot. k, rule, quality: None for the defaults.
+    min_layer: 1..num_layers; the rule reads no layer before it. explain: say why.
+    """
+
+    candidates: tuple[str, ...]
+    key_text: str
+    k: int | None = None
+    rule: str | None = None
+    min_layer: int = 1
+    explain: bool = False
+    quality: float | None = None
+
+    @property
+    def task(self) -> str | None:
+        """The one that the prompt belongs to, None where it may belong to several."""
+        return self.candidates[0] if len(self.candidates) == 1 else None
+
+
+def by_candidates(lookups: Sequence[Lookup]) -> dict[tuple[str, ...], list[int]]:
+    """Positions of the look-ups that search the same rows."""
+    groups = defaultdict(list)
+    for i, lookup in enumerate(lookups):
+        groups[lookup.candidates].append(i)
+    return groups
