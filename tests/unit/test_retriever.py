@@ -12,6 +12,7 @@ from raee_serve.errors import BindingError, CheckpointError, RaeeError, TableErr
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import Reason
 from raee_serve.retrieval import retriever as retriever_module
+from raee_serve.retrieval.decider import ExitDecider
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.retriever import ExitRetriever
@@ -273,7 +274,7 @@ def test_exits_are_decided_at_exit_points(uri, points, expected):
 
 
 def test_exit_points_bring_the_bias_of_the_layer_that_runs(uri, monkeypatch):
-    monkeypatch.setattr(ExitRetriever, "_label_bias", lambda _, head, layer, *rest: (layer,))
+    monkeypatch.setattr(ExitDecider, "_label_bias", lambda _, head, layer, *rest: (layer,))
     retriever = ExitRetriever.open(uri, backbone=BACKBONE, exit_points=[4])
     (decision,) = retriever.decide([sst2(PRAISE[0], rule="fused")])
     assert (decision.exit_layer, decision.label_bias) == (4, (4,))
@@ -285,7 +286,7 @@ def test_exit_points_outside_the_backbone_are_named(uri):
 
 
 def test_a_least_layer_brings_the_bias_of_the_layer_that_runs(retriever, monkeypatch):
-    monkeypatch.setattr(ExitRetriever, "_label_bias", lambda _, head, layer, *rest: (layer,))
+    monkeypatch.setattr(ExitDecider, "_label_bias", lambda _, head, layer, *rest: (layer,))
     lookups = [sst2("a film", rule="fused", k=8, min_layer=n) for n in (1, 3)]
     free, deep = retriever.decide(lookups)
     assert free.exit_layer < 3 <= deep.exit_layer
