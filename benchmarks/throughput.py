@@ -15,7 +15,7 @@ makes it some percent faster or slower for as long as it lives, which no number 
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +23,9 @@ from typing import Any
 from benchmarks.arguments import add_model_arguments
 from benchmarks.depths import DEPTHS, MIXES, depth_named, mixes
 from benchmarks.machine import machine
-from benchmarks.throughput_comparison import Comparison, Rounds
+from benchmarks.throughput_comparison import Comparison, Jobs, Times, measured_starts
 from benchmarks.throughput_figures import Figure, Mixed, Uniform
+from benchmarks.throughput_record import RecordError, settings_of, starts_of
 from benchmarks.workloads import WORKLOADS, Workload, workload_named
 
 
@@ -43,36 +44,43 @@ def figures(
     return [*uniform, *mixed]
 
 
-def measure(args: argparse.Namespace, workdir: Path) -> dict[str, Any]:
-    comparison = Comparison(args.model, args.dtype, workdir, args.kv_segments)
-    n = comparison.num_layers
-    rounds = Rounds(args.starts, -(-args.pairs // args.starts))
-    measured = figures(n, args.workloads, args.depths, args.mixes)
-    result: dict[str, Any] = {
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What is measured, and on what: this machine, or that of the records where nothing runs."""
+    where = settings_of(args.records[0])["machine"] if args.starts == 0 else machine()
+    return {
+        "machine": where,
         "model": args.model,
         "dtype": args.dtype,
-        "num_layers": n,
         "kv_segments": args.kv_segments,
-        "starts": rounds.starts,
-        "pairs": rounds.starts * rounds.pairs,
         "requests": {w.name: w.num_requests for w in args.workloads},
-        "machine": machine(),
+    }
+
+
+def measure(args: argparse.Namespace, about: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    recorded = [start for path in args.records for start in starts_of(path, about)]
+    comparison = Comparison(args.model, args.dtype, workdir, args.kv_segments)
+    measured = figures(comparison.num_layers, args.workloads, args.depths, args.mixes)
+
+    def groups() -> Iterable[Jobs]:
+        return (jobs for each in measured for jobs in each.groups(comparison))
+
+    pairs = -(-args.pairs // max(args.starts, 1))
+    try:
+        starts = recorded + measured_starts(comparison, groups, args.starts, pairs)
+    finally:
+        comparison.close()
+    result: dict[str, Any] = {
+        **about,
+        "num_layers": comparison.num_layers,
         "full_depth_ratio": {},
         "uniform": {},
         "mixed": {},
     }
-    try:
-        times = rounds.times(
-            comparison, lambda: (jobs for each in measured for jobs in each.groups(comparison))
-        )
-    finally:
-        comparison.close()
     for each in measured:
-        each.put_into(result, times, rounds)
-    startup_s = comparison.startup_s
-    result["startup_ratio"] = round(
-        median(startup_s["raee-serve"]) / median(startup_s["vanilla"]), 3
-    )
+        each.put_into(result, Times.of(starts, each.names, pairs))
+    if startup_s := comparison.startup_s:
+        ratio = median(startup_s["raee-serve"]) / median(startup_s["vanilla"])
+        result["startup_ratio"] = round(ratio, 3)
     return result
 
 
@@ -98,15 +106,34 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=12, help="at least so many (default: 12)")
     parser.add_argument(
-        "--starts", type=int, default=3, help="of all systems, of so many pairs each (default: 3)"
+        "--starts",
+        type=int,
+        default=3,
+        help="of all systems, which share the pairs (default: 3); 0 with --records alone, of "
+        "whose starts each gives --pairs",
+    )
+    parser.add_argument(
+        "--records",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="what other runs have printed, with the same settings; their starts count, too, if "
+        "they have as many pairs as a start has here",
     )
     parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=MIXES)
     parser.add_argument("--kv-segments", default="auto", metavar="N|auto", help="as of `serve`")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args()
-    print(machine())
-    with tempfile.TemporaryDirectory() as workdir:
-        result = measure(args, Path(workdir))
+    if args.starts < 1 and not args.records:
+        parser.error(f"--starts is {args.starts}; allowed: at least 1, or 0 with --records")
+    try:
+        about = settings(args)
+        print(json.dumps(about), flush=True)
+        with tempfile.TemporaryDirectory() as workdir:
+            result = measure(args, about, Path(workdir))
+    except RecordError as error:
+        parser.error(str(error))
     if args.json:
         print(json.dumps(result))
 

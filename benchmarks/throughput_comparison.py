@@ -1,12 +1,13 @@
 """The systems of one model, started anew several times, and what they take side by side."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.statistics import Ratio, paired_ratio
 from benchmarks.systems import Job, System, run_side_by_side
+from benchmarks.throughput_record import RecordError, Round, complete, tell
 from benchmarks.workloads import Workload
 from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cut import cut_checkpoint
@@ -68,39 +69,52 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Rounds:
-    """How often all is measured: so many pairs of each of the starts of all systems."""
+class Times:
+    """Of a figure's jobs, [starts * pairs] seconds by name; those of a start stand together."""
 
+    seconds: Mapping[str, Sequence[float]]
     starts: int
-    pairs: int
 
-    def times(
-        self, comparison: Comparison, groups: Callable[[], Iterable[Jobs]]
-    ) -> dict[str, list[float]]:
-        """[starts * pairs] seconds by name of job; after each start one round warms up.
+    @classmethod
+    def of(cls, starts: Sequence[Sequence[Round]], names: Sequence[str], pairs: int) -> Self:
+        """Raises `RecordError` where there is no start with so many rounds of these jobs."""
+        whole = complete(starts, names, pairs)
+        if not whole:
+            raise RecordError(f"no start has {pairs} pairs of {', '.join(names)}")
+        rounds = [took for start in whole for took in start]
+        return cls({name: [took[name] for took in rounds] for name in names}, len(whole))
 
-        groups: of a round; the jobs of each run side by side, one group after the other.
-        """
-        times: list[dict[str, float]] = []
-        for start in range(self.starts):
-            comparison.close()
-            for pair in range(self.pairs + 1):
-                told_as = f"start {start + 1}, pair {pair}"
-                own = one_round(comparison, groups(), told_as)
-                times += [own] if pair else []
-        return {name: [t[name] for t in times] for name in times[0]}
+    def __getitem__(self, name: str) -> Sequence[float]:
+        return self.seconds[name]
 
     def ratio(self, numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
         return paired_ratio(numerators, denominators, self.starts)
 
+    def counts(self) -> dict[str, int]:
+        return {"starts": self.starts, "pairs": len(next(iter(self.seconds.values())))}
 
-def one_round(comparison: Comparison, groups: Iterable[Jobs], told_as: str) -> dict[str, float]:
-    """Seconds by name of job, told as they come; every group has prompts of its own."""
-    times: dict[str, float] = {}
+
+def measured_starts(
+    comparison: Comparison, groups: Callable[[], Iterable[Jobs]], starts: int, pairs: int
+) -> list[list[Round]]:
+    """So many rounds of each of the starts of all systems; one round more warms up each.
+
+    groups: of a round; the jobs of each run side by side, one group after the other.
+    """
+    measured: list[list[Round]] = []
+    for start in range(1, starts + 1):
+        comparison.close()
+        rounds = [one_round(comparison, groups(), start, pair) for pair in range(pairs + 1)]
+        measured.append(rounds[1:])
+    return measured
+
+
+def one_round(comparison: Comparison, groups: Iterable[Jobs], start: int, pair: int) -> Round:
+    """Told as it comes; every group has prompts of its own."""
+    times: Round = {}
     for jobs in groups:
         seconds = run_side_by_side(jobs)
         comparison.new_prompts()
-        said = "; ".join(f"{name}: {took:.2f} s" for name, took in seconds.items())
-        print(f"{told_as}: {said}", flush=True)
+        tell(start, pair, seconds)
         times |= seconds
     return times

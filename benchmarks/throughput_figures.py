@@ -7,19 +7,22 @@ from typing import Any, Protocol
 from benchmarks.depths import ideal_parts
 from benchmarks.statistics import Ratio
 from benchmarks.systems import Job, System
-from benchmarks.throughput_comparison import Comparison, Jobs, Rounds
+from benchmarks.throughput_comparison import Comparison, Jobs, Times
 from benchmarks.workloads import Workload
-
-Times = Mapping[str, Sequence[float]]
-"""[pairs] seconds by name of job."""
 
 
 class Figure(Protocol):
-    """Something to measure: what has to run in each round, and what the times of it say."""
+    """Something to measure: what has to run in each round, and what the times of it say.
+
+    names: of its jobs.
+    """
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def groups(self, comparison: Comparison) -> Iterable[Jobs]: ...
 
-    def put_into(self, result: dict[str, Any], times: Times, rounds: Rounds) -> None: ...
+    def put_into(self, result: dict[str, Any], times: Times) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Uniform:
     depths: Sequence[int]
     """Full depth among them, for it has vanilla's times."""
 
+    @property
+    def names(self) -> list[str]:
+        return [self._job(of, depth) for depth in self.depths for of in ("ours", "cut")]
+
     def groups(self, comparison: Comparison) -> Iterable[Jobs]:
         for depth in self.depths:
             exits = [depth] * self.workload.num_requests
@@ -38,20 +45,20 @@ class Uniform:
                 self._job("cut", depth): [comparison.part(comparison.cut(depth), self.workload)],
             }
 
-    def put_into(self, result: dict[str, Any], times: Times, rounds: Rounds) -> None:
+    def put_into(self, result: dict[str, Any], times: Times) -> None:
         """`speedup` over vanilla and `efficiency` against the cut checkpoint, by depth."""
         name, full = self.workload.name, max(self.depths)
         vanilla = times[self._job("cut", full)]
         for depth in self.depths:
             ours = times[self._job("ours", depth)]
-            efficiency = rounds.ratio(times[self._job("cut", depth)], ours)
+            efficiency = times.ratio(times[self._job("cut", depth)], ours)
             if depth == full:
                 report(name, "full depth / vanilla", efficiency)
-                result["full_depth_ratio"][name] = efficiency.as_dict()
+                result["full_depth_ratio"][name] = efficiency.as_dict() | times.counts()
                 continue
-            ratios = {"speedup": rounds.ratio(vanilla, ours), "efficiency": efficiency}
+            ratios = {"speedup": times.ratio(vanilla, ours), "efficiency": efficiency}
             found = reported(name, f"depth {depth} of {full}", ratios)
-            result["uniform"].setdefault(name, {})[depth] = found
+            result["uniform"].setdefault(name, {})[depth] = {**found, **times.counts()}
 
     def _job(self, of: str, depth: int) -> str:
         return f"{self.workload.name}, {of}, {depth}"
@@ -66,6 +73,10 @@ class Mixed:
     exits: Sequence[int]
     """[num_requests] exit layers."""
 
+    @property
+    def names(self) -> list[str]:
+        return [self._job(of) for of in ("ours", "added", "taken away", "vanilla")]
+
     def groups(self, comparison: Comparison) -> Iterable[Jobs]:
         added, taken_away = ideal_parts(self.exits)
 
@@ -79,16 +90,17 @@ class Mixed:
             self._job("vanilla"): [vanilla(comparison.num_layers, len(self.exits))],
         }
 
-    def put_into(self, result: dict[str, Any], times: Times, rounds: Rounds) -> None:
+    def put_into(self, result: dict[str, Any], times: Times) -> None:
         """`speedup` over vanilla and `efficiency` against the ideal."""
         name, ours = self.workload.name, times[self._job("ours")]
         parts = zip(times[self._job("added")], times[self._job("taken away")], strict=True)
         ratios = {
-            "speedup": rounds.ratio(times[self._job("vanilla")], ours),
-            "efficiency": rounds.ratio([added - taken for added, taken in parts], ours),
+            "speedup": times.ratio(times[self._job("vanilla")], ours),
+            "efficiency": times.ratio([added - taken for added, taken in parts], ours),
         }
         result["mixed"].setdefault(name, {})[self.mix] = {
             **reported(name, f"mix {self.mix}", ratios),
+            **times.counts(),
             "mean_depth": sum(self.exits) / len(self.exits),
         }
 

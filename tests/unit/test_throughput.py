@@ -1,18 +1,19 @@
 """What `benchmarks.throughput` measures, and what it says of the times."""
 
+import json
+import sys
 from argparse import ArgumentTypeError
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.throughput import figures
-from benchmarks.throughput_comparison import Comparison, Rounds
+from benchmarks.throughput import figures, main
+from benchmarks.throughput_comparison import Comparison, Times, measured_starts
 from benchmarks.throughput_figures import Mixed, Uniform
+from benchmarks.throughput_record import RecordError, starts_of, tell
 from benchmarks.workloads import WORKLOADS, workload_named
 
 pytestmark = pytest.mark.unit
-
-ROUNDS = Rounds(starts=1, pairs=2)
 
 
 class Systems(Comparison):
@@ -82,13 +83,8 @@ def test_a_later_group_has_other_prompts(monkeypatch):
     systems = Systems(30)
     systems.close = lambda: None
     figure = Uniform(WORKLOADS["single"], [10, 30])
-    times = ROUNDS.times(systems, lambda: figure.groups(systems))
-    assert {name: len(found) for name, found in times.items()} == {
-        "single, ours, 10": 2,
-        "single, cut, 10": 2,
-        "single, ours, 30": 2,
-        "single, cut, 30": 2,
-    }
+    (rounds,) = measured_starts(systems, lambda: figure.groups(systems), 1, 2)
+    assert [list(took) for took in rounds] == [figure.names] * 2
     assert len({str(prompts) for prompts in asked}) == 2 * 3
 
 
@@ -100,7 +96,7 @@ def test_what_uniform_depths_took_becomes_ratios():
         "single, ours, 30": [4.0, 4.0],
         "single, cut, 30": [4.0, 4.0],
     }
-    Uniform(WORKLOADS["single"], [10, 30]).put_into(found, times, ROUNDS)
+    Uniform(WORKLOADS["single"], [10, 30]).put_into(found, Times(times, 1))
     assert found["full_depth_ratio"]["single"]["median"] == 1
     assert found["uniform"]["single"][10]["efficiency"]["median"] == 0.5
     assert found["uniform"]["single"][10]["speedup"]["median"] == 2
@@ -115,7 +111,87 @@ def test_what_a_mix_took_is_set_against_what_is_left_of_its_parts():
         "decode-heavy, half, taken away": [2.0, 2.0],
         "decode-heavy, half, vanilla": [8.0, 8.0],
     }
-    Mixed(WORKLOADS["decode-heavy"], "half", exits).put_into(found, times, ROUNDS)
+    Mixed(WORKLOADS["decode-heavy"], "half", exits).put_into(found, Times(times, 1))
     mix = found["mixed"]["decode-heavy"]["half"]
     assert mix["efficiency"]["median"] == 0.75
     assert (mix["speedup"]["median"], mix["mean_depth"]) == (2, 20)
+
+
+SETTINGS = {
+    "machine": "one core",
+    "model": "smollm2-135m",
+    "dtype": "float32",
+    "kv_segments": "auto",
+    "requests": {"single": 1, "prefill-heavy": 4},
+}
+
+
+@pytest.fixture
+def record(tmp_path, capsys):
+    """Two starts of a warm-up and a pair, the third cut off; ours takes half of the time."""
+    print(json.dumps(SETTINGS))
+    for start, full in ((1, 4.0), (2, 5.0), (3, 6.0)):
+        for pair in (0, 1):
+            tell(start, pair, {"single, ours, 10": 1.0 + pair, "single, cut, 10": 2.0 * pair})
+            if start < 3:
+                tell(start, pair, {"single, ours, 30": full, "single, cut, 30": full})
+    path = tmp_path / "record"
+    path.write_text(capsys.readouterr().out)
+    return path
+
+
+def test_what_was_told_is_read_again_without_the_warm_up(record):
+    starts = starts_of(record, SETTINGS)
+    shallow = {"single, ours, 10": 2.0, "single, cut, 10": 2.0}
+    full = [{"single, ours, 30": took, "single, cut, 30": took} for took in (4.0, 5.0)]
+    assert starts == [[shallow | full[0]], [shallow | full[1]], [shallow]]
+
+
+def test_a_start_that_was_cut_off_counts_where_it_has_all_jobs(record):
+    starts = starts_of(record, SETTINGS)
+    deep = Times.of(starts, ["single, cut, 30", "single, ours, 30"], 1)
+    assert deep.counts() == {"starts": 2, "pairs": 2} and deep["single, cut, 30"] == [4.0, 5.0]
+    assert Times.of(starts, ["single, cut, 10"], 1).counts() == {"starts": 3, "pairs": 3}
+    with pytest.raises(RecordError, match="no start has 2 pairs of single, cut, 10"):
+        Times.of(starts, ["single, cut, 10"], 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"machine": "two cores"}, "two cores"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"requests": {"single": 2}}, "'single': 2"),
+    ],
+)
+def test_a_record_of_something_else_is_refused(record, changes, named):
+    with pytest.raises(RecordError, match=named):
+        starts_of(record, SETTINGS | changes)
+
+
+def test_workloads_that_only_one_has_may_differ(record):
+    assert starts_of(record, SETTINGS | {"requests": {"single": 1, "decode-heavy": 64}})
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path):
+    (tmp_path / "notes").write_text("faster\n")
+    with pytest.raises(RecordError, match="begins with 'faster"):
+        starts_of(tmp_path / "notes", SETTINGS)
+
+
+def test_figures_of_records_alone(record, monkeypatch, capsys, smollm2):
+    arguments = ["--starts", "0", "--pairs", "1", "--workloads", "single", "--depths", "third"]
+    arguments += ["--model", "smollm2-135m", "--dtype", "float32", "--records", str(record)]
+    monkeypatch.setattr(sys, "argv", ["throughput", *arguments, "--json"])
+    main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["machine"] == "one core" and "startup_ratio" not in told
+    assert told["uniform"]["single"]["10"]["speedup"]["median"] == 2.25
+    assert told["full_depth_ratio"]["single"]["starts"] == 2
+
+
+def test_no_starts_and_no_records_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["throughput", "--starts", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--starts is 0; allowed: at least 1, or 0 with --records" in capsys.readouterr().err
