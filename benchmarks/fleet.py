@@ -47,9 +47,7 @@ class Machinery:
         self, name: str, engine: Job, exit_points: Sequence[int] | None = None
     ) -> EngineProcess:
         """An engine that is starting: vanilla vLLM, or this where it has exit points."""
-        options: dict[str, Any] = {}
-        if exit_points is not None:
-            options = {**engine_options(exit_points=exit_points), **self.settings}
+        options = {} if exit_points is None else engine_options(exit_points=exit_points)
         log = None if self.logs is None else self.logs / f"{name.replace(' ', '-')}.log"
         return EngineProcess(name, {**engine, **self.settings}, options, self.environment, log=log)
 

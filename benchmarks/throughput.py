@@ -125,8 +125,10 @@ def main() -> None:
     parser.add_argument("--kv-segments", default="auto", metavar="N|auto", help="as of `serve`")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args()
-    if args.starts < 1 and not args.records:
+    if args.starts < (0 if args.records else 1):
         parser.error(f"--starts is {args.starts}; allowed: at least 1, or 0 with --records")
+    if args.pairs < 1:
+        parser.error(f"--pairs is {args.pairs}; allowed: at least 1")
     try:
         about = settings(args)
         print(json.dumps(about), flush=True)

@@ -30,8 +30,11 @@ def tell(start: int, pair: int, seconds: Mapping[str, float]) -> None:
 
 def settings_of(path: Path) -> dict[str, Any]:
     """What was measured, and on what. Raises `RecordError`."""
-    with path.open() as lines:
-        first = next(lines, "")
+    try:
+        with path.open() as lines:
+            first = next(lines, "")
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
     try:
         settings = json.loads(first)
         dict(settings["requests"])

@@ -50,9 +50,8 @@ def running_engine(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
 
 
 def tiny_args(checkpoint: Path) -> dict[str, Any]:
-    """Engine arguments for a checkpoint of `tests.tiny`; they need `IN_PROCESS`."""
+    """Engine arguments for a checkpoint of `tests.tiny`."""
     return {
-        **UNIPROCESS,
         "kv_cache_memory_bytes": 1 << 27,
         "skip_tokenizer_init": not (checkpoint / "tokenizer.json").exists(),
     }

@@ -177,6 +177,8 @@ def test_a_file_that_is_no_record_is_named(tmp_path):
     (tmp_path / "notes").write_text("faster\n")
     with pytest.raises(RecordError, match="begins with 'faster"):
         starts_of(tmp_path / "notes", SETTINGS)
+    with pytest.raises(RecordError, match="missing cannot be read: No such file"):
+        starts_of(tmp_path / "missing", SETTINGS)
 
 
 def test_figures_of_records_alone(record, monkeypatch, capsys, smollm2):
@@ -190,8 +192,17 @@ def test_figures_of_records_alone(record, monkeypatch, capsys, smollm2):
     assert told["full_depth_ratio"]["single"]["starts"] == 2
 
 
-def test_no_starts_and_no_records_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["throughput", "--starts", "0"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--starts", "0"], "--starts is 0; allowed: at least 1, or 0 with --records"),
+        (["--starts", "-1", "--records", "x"], "--starts is -1; allowed: at least 1, or 0 with"),
+        (["--pairs", "0"], "--pairs is 0; allowed: at least 1"),
+        (["--starts", "0", "--records", "x"], "x cannot be read: No such file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "argv", ["throughput", *flags])
     with pytest.raises(SystemExit):
         main()
-    assert "--starts is 0; allowed: at least 1, or 0 with --records" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
