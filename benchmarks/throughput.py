@@ -2,9 +2,10 @@
 
 All systems live side by side. Those compared work through the same prompts in turns of a fraction
 of a second, A B A B; one that waits is stopped (SIGSTOP). A round of all comparisons gives one pair
-of times for each figure, which is the median of the pairs' ratios. The first round warms up and is
-not counted. All systems are started several times (`--starts`): what memory a process is given
-makes it some percent faster or slower for as long as it lives, which no number of pairs evens out.
+of times for each figure, which is the median of the pairs' ratios. The first round, of fewer output
+tokens, warms up and is not counted. All systems are started several times (`--starts`): what memory
+a process is given makes it some percent faster or slower for as long as it lives, which no number
+of pairs evens out.
 
 - full_depth_ratio: this at full depth / vanilla (throughput).
 - speedup: this at depth d, or with mixed depths, / vanilla.

@@ -14,6 +14,9 @@ from raee_serve.cut import cut_checkpoint
 from raee_serve.engine.settings import engine_options
 from raee_serve.fingerprint import identify_backbone
 
+WARM_UP_LEN = 8
+"""Output tokens of a request that warms up: every shape of a step comes up within them."""
+
 Jobs = dict[str, list[tuple[System, Job]]]
 """What runs side by side: the jobs of each name, and whose they are."""
 
@@ -97,16 +100,26 @@ class Times:
 def measured_starts(
     comparison: Comparison, groups: Callable[[], Iterable[Jobs]], starts: int, pairs: int
 ) -> list[list[Round]]:
-    """So many rounds of each of the starts of all systems; one round more warms up each.
+    """So many rounds of each of the starts of all systems; a shorter round warms up each.
 
     groups: of a round; the jobs of each run side by side, one group after the other.
     """
     measured: list[list[Round]] = []
     for start in range(1, starts + 1):
         comparison.close()
-        rounds = [one_round(comparison, groups(), start, pair) for pair in range(pairs + 1)]
-        measured.append(rounds[1:])
+        one_round(comparison, map(shortened, groups()), start, pair=0)
+        pairs_of_it = range(1, pairs + 1)
+        measured.append([one_round(comparison, groups(), start, pair) for pair in pairs_of_it])
     return measured
+
+
+def shortened(jobs: Jobs) -> Jobs:
+    """The same with at most `WARM_UP_LEN` output tokens each."""
+
+    def short(job: Job) -> Job:
+        return {**job, "output_len": min(job["output_len"], WARM_UP_LEN)}
+
+    return {name: [(system, short(job)) for system, job in parts] for name, parts in jobs.items()}
 
 
 def one_round(comparison: Comparison, groups: Iterable[Jobs], start: int, pair: int) -> Round:

@@ -72,12 +72,12 @@ def test_systems_of_a_group_have_the_same_prompts():
     assert (ours["exit_layers"], cut["exit_layers"]) == ([30], None)
 
 
-def test_a_later_group_has_other_prompts(monkeypatch):
+def test_a_later_group_has_other_prompts_and_the_first_round_is_short(monkeypatch):
     asked = []
     monkeypatch.setattr(
         "benchmarks.throughput_comparison.run_side_by_side",
         lambda jobs: {
-            name: asked.append(parts[0][1]["prompts"]) or 1.0 for name, parts in jobs.items()
+            name: asked.append(parts[0][1]) or 1.0 for name, parts in jobs.items()
         },
     )
     systems = Systems(30)
@@ -85,7 +85,9 @@ def test_a_later_group_has_other_prompts(monkeypatch):
     figure = Uniform(WORKLOADS["single"], [10, 30])
     (rounds,) = measured_starts(systems, lambda: figure.groups(systems), 1, 2)
     assert [list(took) for took in rounds] == [figure.names] * 2
-    assert len({str(prompts) for prompts in asked}) == 2 * 3
+    assert len({str(job["prompts"]) for job in asked}) == 2 * 3
+    jobs_of_round = 2 * 2
+    assert [job["output_len"] for job in asked] == [8] * jobs_of_round + [64] * 2 * jobs_of_round
 
 
 def test_what_uniform_depths_took_becomes_ratios():
