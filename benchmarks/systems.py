@@ -59,12 +59,15 @@ def run_side_by_side(jobs: Mapping[str, Sequence[tuple[System, Job]]]) -> dict[s
     """Seconds that the jobs of each name took together, the other systems standing still.
 
     Systems take turns of `SLICE_S`, so that whatever else slows the machine for longer than that
-    slows all of them alike. A system with several jobs takes them one after the other.
+    slows all of them alike. A system with several jobs takes them one after the other, every other
+    system the last one first, so that no name has all of its jobs early.
     """
     queues: dict[System, deque[tuple[str, Job]]] = {}
     for name, parts in jobs.items():
         for system, job in parts:
             queues.setdefault(system, deque()).append((name, job))
+    for queue in list(queues.values())[1::2]:
+        queue.reverse()
     seconds = dict.fromkeys(jobs, 0.0)
     is_new = dict.fromkeys(queues, True)
     while any(queues.values()):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.systems import run_side_by_side
 from benchmarks.throughput import figures, main
 from benchmarks.throughput_comparison import Comparison, Times, measured_starts
 from benchmarks.throughput_figures import Mixed, Uniform
@@ -76,9 +77,7 @@ def test_a_later_group_has_other_prompts_and_the_first_round_is_short(monkeypatc
     asked = []
     monkeypatch.setattr(
         "benchmarks.throughput_comparison.run_side_by_side",
-        lambda jobs: {
-            name: asked.append(parts[0][1]) or 1.0 for name, parts in jobs.items()
-        },
+        lambda jobs: {name: asked.append(parts[0][1]) or 1.0 for name, parts in jobs.items()},
     )
     systems = Systems(30)
     systems.close = lambda: None
@@ -88,6 +87,40 @@ def test_a_later_group_has_other_prompts_and_the_first_round_is_short(monkeypatc
     assert len({str(job["prompts"]) for job in asked}) == 2 * 3
     jobs_of_round = 2 * 2
     assert [job["output_len"] for job in asked] == [8] * jobs_of_round + [64] * 2 * jobs_of_round
+
+
+class Turns:
+    """A system that needs some turns for each job, of a second each, and says which it works at."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said = name, said
+
+    def run_for(self, _, job=None):
+        if job is not None:
+            self.job, self.left = job["name"], job["turns"]
+        self.left -= 1
+        self.said.append(f"{self.name}: {self.job}")
+        return 1.0, self.left == 0
+
+
+def test_systems_take_turns_and_every_other_one_begins_with_its_last_job():
+    said: list[str] = []
+    ours, shallow, deep = (Turns(name, said) for name in ("ours", "shallow", "deep"))
+
+    def job(name: str, turns: int) -> dict:
+        return {"name": name, "turns": turns}
+
+    jobs = {
+        "mixed": [(ours, job("mixed", 1))],
+        "added": [(shallow, job("added", 2)), (deep, job("added", 1))],
+        "vanilla": [(shallow, job("vanilla", 1)), (deep, job("vanilla", 1))],
+    }
+    assert run_side_by_side(jobs) == {"mixed": 1.0, "added": 3.0, "vanilla": 2.0}
+    assert said == [
+        *("ours: mixed", "shallow: vanilla", "deep: added"),
+        *("shallow: added", "deep: vanilla"),
+        "shallow: added",
+    ]
 
 
 def test_what_uniform_depths_took_becomes_ratios():
