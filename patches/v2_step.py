@@ -80,7 +80,9 @@ class V2Step:
         flag says that there is none. With data parallelism the ranks agree on that.
         """
         manager = self._runner.cudagraph_manager
-        is_truncated = any(d < self._num_layers for d in scheduler_output.exit_layers.values())
+        # vLLM warms its kernels up with steps that no scheduler has planned, of full depth.
+        exit_layers = getattr(scheduler_output, "exit_layers", {})
+        is_truncated = any(d < self._num_layers for d in exit_layers.values())
         if manager is None or not (is_truncated and manager._graphs_captured):
             yield
             return

@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.v1.core.sched.output import SchedulerOutput
+
 from raee_serve.engine.plan import plan_truncation
 from raee_serve.engine.scheduler import Exits
 from raee_serve_patches import v2_step
@@ -50,6 +52,12 @@ def test_there_may_be_no_graphs(runner, manager):
     with step_of(runner).running(SimpleNamespace(exit_layers={"a": 2})):
         assert manager is None or not manager._graphs_captured
     assert manager is None or not manager._graphs_captured
+
+
+def test_a_step_that_no_scheduler_planned_is_of_full_depth(runner):
+    """vLLM warms its kernels up with such steps."""
+    with step_of(runner).running(SchedulerOutput.make_empty()):
+        assert runner.cudagraph_manager._graphs_captured
 
 
 def test_the_state_is_told_and_asked(runner):
