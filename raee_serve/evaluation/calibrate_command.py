@@ -152,8 +152,8 @@ def run(args: Namespace) -> None:
         if args.generate is not None and entry.kind == "labels":
             raise TaskError(f"--generate is for free text, and {name} has label words")
     chosen = {name: _calibrate(table, name, budget, args) for name in args.task}
+    table.put_choices(chosen)
     for name, choice in chosen.items():
-        table.put_choice(name, choice)
         print(f"raee-serve: {name}: stored {describe(choice)} in {args.table}")
 
 

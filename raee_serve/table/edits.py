@@ -44,9 +44,12 @@ def add_task(entry: TaskEntry) -> Edit:
     return Edit(f"task {entry.name} added", new_records={task_id(entry.name): task_record(entry)})
 
 
-def choose(choice: RuleChoice, entry: TaskEntry) -> Edit:
-    records = {choice_id(entry.name): choice_record(choice, entry)}
-    return Edit(f"{entry.name}: calibrated", records=records)
+def choose(choices: Mapping[str, RuleChoice], metadata: TableMetadata) -> Edit:
+    records = {
+        choice_id(name): choice_record(choice, metadata.tasks[name])
+        for name, choice in choices.items()
+    }
+    return Edit(f"{', '.join(choices)}: calibrated", records=records)
 
 
 def replace_rows(entry: TaskEntry, count: int, surplus: Collection[str]) -> Edit:

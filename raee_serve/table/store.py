@@ -6,7 +6,7 @@ labelled prompt, and the records (`records`). One LanceDB version is one state o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -114,20 +114,21 @@ class ExitTable:
             self._commit(edits.add_task(entry.on_shelf(self._last_shelf(entry.name) + 1)))
             self.metadata.check_same(entry, self.uri)  # another writer may have come first
 
-    def put_choice(self, task: str, choice: RuleChoice) -> None:
-        """Records how exits of one of its tasks are to be chosen."""
-        self._commit(edits.choose(choice, self.metadata.tasks[task]))
+    def put_choices(self, choices: Mapping[str, RuleChoice]) -> None:
+        """Records how exits of some of its tasks are to be chosen, as their rows are seen here:
+        with rows that another writer has replaced a choice goes, too."""
+        self._commit(edits.choose(choices, self.metadata))
 
     def add(self, task: str, rows: TaskRows) -> None:
         """Appends rows whose id is new, in one atomic commit; others are left as they are.
 
-        Raises BindingError if the task has been dropped or replaced by another writer.
+        Raises BindingError if the task has been dropped or replaced by another writer, or if one
+        has finished the replacement that these rows are for.
         """
         entry, staged = self._target(task), task in self._staged
         what = f"{task}: {len(rows)} rows {'made ready' if staged else 'added'}"
         self._commit(Edit(what, rows=to_arrow(entry.shelf, rows, self._exits.schema)))
-        now = self.metadata.tasks.get(task)
-        if not staged and (now is None or now.shelf != entry.shelf):
+        if self._is_seen(entry) == staged:
             raise BindingError(
                 f"exit table {self.uri}: task {task} was dropped or replaced by another writer"
             )
@@ -161,15 +162,25 @@ class ExitTable:
         self._commit(edits.drop_task(task))
 
     def delete_rows(self, ids: Collection[str]) -> None:
-        """Removes rows of any task. Raises TableError naming ids that are not here."""
-        known = {id for task in self.metadata.tasks for id in self.row_ids(task)}
-        if unknown := sorted(set(ids) - known):
+        """Removes rows of any task. Raises TableError naming ids that are not here.
+
+        Raises BindingError if another writer has meanwhile dropped or replaced a task with such
+        rows: of that one nothing was deleted.
+        """
+        rows = {entry: self.row_ids(name) for name, entry in self.metadata.tasks.items()}
+        if unknown := sorted(set(ids).difference(*rows.values())):
             more = f" and {len(unknown) - NAMED_IDS} more" if len(unknown) > NAMED_IDS else ""
             raise TableError(
                 f"exit table {self.uri} holds no row {', '.join(unknown[:NAMED_IDS])}{more}; "
                 "nothing was deleted"
             )
         self._commit(edits.delete_rows(set(ids), self.metadata))
+        asked = [entry for entry, own in rows.items() if not own.isdisjoint(ids)]
+        if gone := [entry.name for entry in asked if not self._is_seen(entry)]:
+            raise BindingError(
+                f"exit table {self.uri}: {', '.join(gone)} was dropped or replaced by another "
+                "writer, and nothing of it deleted"
+            )
 
     def history(self) -> list[Version]:
         """Every state it can be rolled back to, oldest first."""
@@ -248,6 +259,11 @@ class ExitTable:
     def _target(self, task: str) -> TaskEntry:
         """Where rows of a task are to go."""
         return self._staged.get(task) or self.metadata.tasks[task]
+
+    def _is_seen(self, entry: TaskEntry) -> bool:
+        """Whether readers of the table as it is now find the task's rows where the entry says."""
+        now = self.metadata.tasks.get(entry.name)
+        return now is not None and now.shelf == entry.shelf
 
     def _where(self, tasks: Sequence[str]) -> str:
         """Condition: a row of one of these tasks, as readers see it."""

@@ -80,7 +80,7 @@ def table(minilm, examples, tmp_path):
     table.put_task(TaskEntry.of(TASK, (1, 2), tuple(range(1, BACKBONE.num_layers + 1))))
     ids = [row_id(TASK.name, e.text, e.gold) for e in examples[:8]]
     table.add(TASK.name, label_rows(ids, vectors))
-    table.put_choice(TASK.name, RuleChoice("earliest", 5, 0.9, 1.0))
+    table.put_choices({TASK.name: RuleChoice("earliest", 5, 0.9, 1.0)})
     (uri / FILE_NAME).write_bytes(b"maps")
     return uri
 

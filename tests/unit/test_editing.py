@@ -30,7 +30,7 @@ def table(uri):
     for name in ("sst2", "mr"):
         table.put_task(entry(name))
         table.add(name, label_rows([f"{name}-a", f"{name}-b"]))
-    table.put_choice("sst2", CHOICE)
+    table.put_choices({"sst2": CHOICE})
     return table
 
 
@@ -56,10 +56,10 @@ def test_a_replacement_is_seen_at_once_and_only_when_it_is_finished(uri, table):
 
 
 def test_a_choice_goes_with_the_rows_it_was_made_from(uri, table):
-    table.put_choice("mr", CHOICE)
+    table.put_choices({"mr": CHOICE})
     table.begin_replace(entry("sst2"))
     table.add("sst2", label_rows(["new"]))
-    ExitTable.open(uri).put_choice("sst2", CHOICE)  # late: for the rows that are about to go
+    ExitTable.open(uri).put_choices({"sst2": CHOICE})  # late: for the rows that are about to go
     table.finish_replace("sst2", {"new"})
     assert ExitTable.open(uri).metadata.choices == {"mr": CHOICE}
 
@@ -115,6 +115,35 @@ def test_who_adds_to_a_task_that_was_replaced_or_dropped_is_told(uri, table):
     fresh = ExitTable.open(uri)
     fresh.put_task(entry("sst2"))  # rows that came too late do not come back with it
     assert ids(uri) == []
+
+
+def test_of_two_who_replace_a_task_the_second_is_told(uri, table):
+    late = ExitTable.open(uri)
+    for writer in (table, late):
+        writer.begin_replace(OTHER)
+        writer.add("sst2", label_rows(["new"]))
+    table.finish_replace("sst2", {"new"})
+    with pytest.raises(BindingError, match="sst2 was dropped or replaced by another writer"):
+        late.add("sst2", label_rows(["late"]))
+
+
+def test_who_deletes_rows_of_a_task_that_was_replaced_is_told(uri, table):
+    late = ExitTable.open(uri)
+    table.begin_replace(OTHER)
+    table.add("sst2", label_rows(["sst2-a"]))
+    table.finish_replace("sst2", {"sst2-a"})
+    with pytest.raises(BindingError, match=r"sst2 was dropped .* nothing of it deleted"):
+        late.delete_rows({"sst2-a", "mr-a"})
+    assert (ids(uri), ids(uri, "mr")) == (["sst2-a"], ["mr-b"])
+
+
+def test_choices_made_together_are_of_the_rows_they_were_made_from(uri, table):
+    late = ExitTable.open(uri)
+    table.begin_replace(OTHER)
+    table.add("sst2", label_rows(["new"]))
+    table.finish_replace("sst2", {"new"})
+    late.put_choices({"mr": CHOICE, "sst2": CHOICE})
+    assert ExitTable.open(uri).metadata.choices == {"mr": CHOICE}
 
 
 def test_of_two_who_add_a_task_at_once_the_second_must_agree(uri, table):

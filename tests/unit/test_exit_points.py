@@ -102,7 +102,7 @@ def table(tmp_path):
     table.put_task(entry("sst2"))
     rows = label_rows([f"a{i}" for i in range(20)], unit_vectors(20), right)
     table.add("sst2", rows)
-    table.put_choice("sst2", RuleChoice("earliest", 1, 1.0, 2.0))
+    table.put_choices({"sst2": RuleChoice("earliest", 1, 1.0, 2.0)})
     table.put_task(entry("cr"))  # no rows
     return table
 

@@ -92,7 +92,7 @@ def test_thresholds_that_lead_to_other_layers_are_tried_the_deepest_first(tmp_pa
     choices = differing_choices(table, TASK)
     assert [choice.quality for choice in choices] == [0.99, 0.92, 0.7]
     assert {choice.k for choice in choices} == {24}
-    table.put_choice(TASK.name, RuleChoice("quality", 12, 0.95, 2.0, quality=0.9))
+    table.put_choices({TASK.name: RuleChoice("quality", 12, 0.95, 2.0, quality=0.9)})
     assert {choice.k for choice in differing_choices(table, TASK)} == {12}
 
 

@@ -148,7 +148,7 @@ def test_prompts_that_are_far_count_at_full_depth(cache, ask):
 def test_a_stored_choice_is_compared_where_there_is_one(cache, ask, uri, tmp_path):
     copy = str(tmp_path / "copy")
     shutil.copytree(uri, copy)
-    ExitTable.open(copy).put_choice("sst2", RuleChoice("published", 3, 1.0, 1.0))
+    ExitTable.open(copy).put_choices({"sst2": RuleChoice("published", 3, 1.0, 1.0)})
     ways = ask(table=copy)[2]["tasks"]["sst2"]["ways"]
     published = ask("--rule", "published", "--k", "3", table=copy)[2]["tasks"]["sst2"]["ways"]
     assert ways[STORED] == published["published"]

@@ -49,8 +49,8 @@ def test_shares_of_rows(table):
 
 def test_depths_are_those_of_the_stored_choice(table):
     choice = RuleChoice("earliest", 3, 0.9, 1.0)
-    table.put_choice("sst2", choice)
-    table.put_choice("xsum", RuleChoice("quality", 3, 0.95, 2.0, quality=0.75))
+    table.put_choices({"sst2": choice})
+    table.put_choices({"xsum": RuleChoice("quality", 3, 0.95, 2.0, quality=0.75)})
     sst2, xsum = task_pictures(table.uri)
     rows = table.rows("sst2")
     left_out = LeaveOneOut(rows.vectors, rows.golds, rows.label_logprobs)

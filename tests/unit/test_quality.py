@@ -190,7 +190,7 @@ def test_calibrate_stores_what_keeps_the_quality(table, capsys):
 def test_a_stored_quality_comes_back(table):
     for quality in (0.95, 0.8):
         choice = RuleChoice(QUALITY, 12, 0.95, 2.0, quality)
-        table.put_choice("xsum", choice)
+        table.put_choices({"xsum": choice})
         assert ExitTable.open(table.uri).metadata.choices["xsum"] == choice
 
 

@@ -141,7 +141,7 @@ def test_label_rules_are_the_default_for_label_words(retriever):
 def test_a_stored_choice_holds_unless_told_otherwise(uri, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(uri, copy)
-    ExitTable.open(str(copy)).put_choice("sst2", RuleChoice("earliest", 3, 0.8, 1.0))
+    ExitTable.open(str(copy)).put_choices({"sst2": RuleChoice("earliest", 3, 0.8, 1.0)})
     stored = ExitRetriever.open(str(copy), backbone=BACKBONE)
     assert stored.choices["sst2"] == RuleChoice("earliest", 3, 0.8, 1.0)
     assert stored.choices["cr"].rule == "stacked"

@@ -28,7 +28,7 @@ def table(tmp_path):
 
 @pytest.mark.parametrize(("fraction", "layer"), [(0.85, 3), (0.95, 4)])
 def test_exits_are_those_of_the_stored_choice(table, fraction, layer):
-    table.put_choice("sst2", RuleChoice("earliest", 5, fraction, 1.0))
+    table.put_choices({"sst2": RuleChoice("earliest", 5, fraction, 1.0)})
     shares = table_exits(table.uri, "sst2")
     assert shares == [float(d == layer) for d in range(1, 5)]
 

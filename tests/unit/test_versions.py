@@ -27,7 +27,7 @@ def table(uri):
 
 
 def test_every_change_is_a_version_with_its_rows(table):
-    table.put_choice("sst2", CHOICE)
+    table.put_choices({"sst2": CHOICE})
     table.delete_rows(["a"])
     history = table.history()
     assert [(v.what, v.rows) for v in history] == [
@@ -42,7 +42,7 @@ def test_every_change_is_a_version_with_its_rows(table):
 
 
 def test_rolling_back_restores_rows_tasks_and_choices_together(uri, table):
-    table.put_choice("sst2", CHOICE)
+    table.put_choices({"sst2": CHOICE})
     before, version = table.rows("sst2"), table.version
     table.begin_replace(entry("sst2"))
     table.add("sst2", label_rows(["x"], vectors=unit_vectors(1, seed=1)))

@@ -75,7 +75,7 @@ def edit(uri: str, seed: int) -> None:
         elif TASK not in table.metadata.tasks:
             continue
         elif act == "choose":
-            table.put_choice(TASK, RuleChoice("earliest", draw.randint(1, 9), 0.9, 2.0))
+            table.put_choices({TASK: RuleChoice("earliest", draw.randint(1, 9), 0.9, 2.0)})
         elif act == "delete":
             ids = sorted(table.row_ids(TASK))
             table.delete_rows(draw.sample(ids, min(2, len(ids))))
