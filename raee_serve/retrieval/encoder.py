@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from raee_serve.table.schema import EncoderIdentity
 
 MIN_SIMILARITY = 0.95
 """Least cosine similarity of a back end's vectors to torch's, with which tables are built."""
+CHARS_PER_TOKEN = 64
+"""Of a text that reads as one, a token has a tenth of that."""
 PROBES = (
     "a gripping and moving film",
     "the battery died after two days, and nobody answered my letters",
@@ -49,6 +52,7 @@ class Encoder:
         self.threads = threads
         self.dimension = dimension
         self.backend = "torch"
+        self._max_chars = _most_chars(self._model.max_seq_length)
         self._torch_identity: EncoderIdentity | None = None
         if backend != "torch":
             self._change_backend(backend)
@@ -63,14 +67,15 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """[len(texts), dimension] float32, every row of length 1.
 
-        A text beyond the model's own limit is represented by its beginning. Raises RaeeError if
-        the model gives vectors of another dimension or not finite.
+        A text beyond the model's own limit is represented by its beginning; what is far beyond is
+        not even read. Raises RaeeError if the model gives vectors of another dimension or not
+        finite.
         """
         if not texts:
             return np.empty((0, self.dimension), np.float32)
         with _torch_threads(self.threads):
             vectors = self._model.encode(  # takes texts of similar length together
-                list(texts),
+                [text[: self._max_chars] for text in texts],
                 batch_size=BATCH_SIZE[self.backend],
                 normalize_embeddings=True,
                 show_progress_bar=False,
@@ -116,6 +121,11 @@ class Encoder:
                 f"to those of 'torch', with which tables are built, is {similarity:.3f}; at least "
                 f"{MIN_SIMILARITY} is needed; use 'torch'"
             )
+
+
+def _most_chars(window: float | None) -> int | None:
+    """Of a text, all that a model with a window of so many tokens can see; None without one."""
+    return None if window is None or math.isinf(window) else int(window) * CHARS_PER_TOKEN
 
 
 def load_model(name: str) -> SentenceTransformer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CAPACITY = 4096
-"""Texts remembered; with 384 dimensions 6 MB of vectors."""
+"""Texts remembered, by their digests; with 384 dimensions 6 MB of vectors."""
 
 
 class Encodes(Protocol):
@@ -30,21 +31,28 @@ class VectorCache:
     def __init__(self, encoder: Encodes, capacity: int = CAPACITY) -> None:
         self._encoder = encoder
         self._capacity = capacity
-        self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._vectors: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self.hits = self.misses = 0
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """As `Encoder.encode`: [len(texts), dimension]; the least recently used are forgotten."""
         if not texts:
             return np.empty((0, self._encoder.dimension), np.float32)
-        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        names = [_digest(text) for text in texts]
+        by_name = dict(zip(names, texts, strict=True))
+        new = {name: text for name, text in by_name.items() if name not in self._vectors}
         self.misses += len(new)
         self.hits += len(texts) - len(new)
-        found = {text: self._vectors[text] for text in texts if text in self._vectors}
-        found |= dict(zip(new, self._encoder.encode(new), strict=True)) if new else {}
-        for text, vector in found.items():
-            self._vectors[text] = vector
-            self._vectors.move_to_end(text)
+        found = {name: self._vectors[name] for name in by_name if name not in new}
+        found |= dict(zip(new, self._encoder.encode([*new.values()]), strict=True)) if new else {}
+        for name, vector in found.items():
+            self._vectors[name] = vector
+            self._vectors.move_to_end(name)
         while len(self._vectors) > self._capacity:
             self._vectors.popitem(last=False)
-        return np.stack([found[text] for text in texts])
+        return np.stack([found[name] for name in names])
+
+
+def _digest(text: str) -> bytes:
+    """What a text is remembered by: clients choose how long texts are."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -130,8 +130,11 @@ class Admission:
         return Plan(entries, body, tokens, bool(limit.choices))
 
     def _is_adapter(self, model: Any) -> bool:
-        """Whether a body's model is not the backbone; vLLM takes an empty name for it."""
-        return bool(self.served_names) and bool(model) and model not in self.served_names
+        """Whether a body's model is not the backbone; vLLM takes an empty name for it, and refuses
+        what is no name."""
+        if not self.served_names or not isinstance(model, str):
+            return False
+        return bool(model) and model not in self.served_names
 
     def _entry(
         self, options: RaeeOptions, limit: OutputLimit, prompt: TextPrompt, plain: bool

@@ -53,6 +53,7 @@ class RequestDepths:
 
     def __init__(self, depths: Sequence[PromptDepth]) -> None:
         self._depths = tuple(depths)
+        self._are_alike = len(set(depths)) == 1
         self._given = 0
         self.reruns: list[Rerun] = []
         self.restarted: set[int] = set()
@@ -61,7 +62,7 @@ class RequestDepths:
         """Position and depth of the next prompt; None once every prompt has had its own."""
         position = self._given
         self._given += 1
-        if len(set(self._depths)) == 1:
+        if self._are_alike:
             return position, self._depths[0]
         return position, self._depths[position] if position < len(self._depths) else None
 

@@ -29,11 +29,12 @@ def raee_object(
 ) -> dict[str, Any]:
     """prompts: one per prompt, in prompt order. versions: of what decided.
 
-    restarted: positions of the prompts whose early answer looped, so that it is full depth's.
+    restarted: positions of the prompts whose early answer looped, so that it is full depth's; of
+        prompts that were decided as one, beyond the last.
     """
     prompts = [_of_prompt(decision) for decision in decisions]
     for position in restarted:
-        prompts[position]["restarted"] = True
+        prompts[min(position, len(prompts) - 1)]["restarted"] = True
     return {
         "prompts": prompts,
         "versions": {"raee-serve": __version__, "vllm": _vllm_version(), "table": table_version},

@@ -110,13 +110,10 @@ class Gate:
         Raises RequestError for a bad `raee` object or too many prompts, and nothing else that a
         client can cause.
         """
-        admitted = await self._admitted(kind, body, self._options(body))
-        if admitted is not None:
-            self.metrics.record(admitted.decisions)
-        return admitted
+        return await self._admitted(kind, body, self._options(body))
 
     async def preview(self, kind: Kind, body: dict[str, Any]) -> Admitted | None:
-        """As `admit`, uncounted, and explained where the server explains."""
+        """As `admit`, and explained where the server explains."""
         options = self._options(body)
         return await self._admitted(
             kind, body, replace(options, explain=self.access.allows("explain"))

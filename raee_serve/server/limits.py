@@ -41,13 +41,13 @@ class OutputLimit:
     @classmethod
     def of(cls, body: dict[str, Any]) -> OutputLimit:
         structured = body.get("structured_outputs")
-        has_format = _has_response_format(body)
+        is_replaced = _has_response_format(body) or _forces_a_tool(body)
         token_ids = body.get("allowed_token_ids")
         return cls(
-            # vLLM lets response_format take the place of structured_outputs.
-            spellings=frozenset() if has_format else _choices(structured),
+            # Both take the place of structured_outputs in vLLM.
+            spellings=frozenset() if is_replaced else _choices(structured),
             token_ids=_token_ids(token_ids),
-            is_set=has_format or structured is not None or token_ids is not None,
+            is_set=is_replaced or structured is not None or token_ids is not None,
         )
 
 
@@ -114,10 +114,11 @@ class LabelOutputs:
         """For each label word the first tokens with which `limit` lets it be spelled."""
         if not limit.choices:
             return tuple((token,) for token in self.token_ids)
-        return tuple(
-            tuple(sorted(self.spellings[s] for s in limit.spellings if s.removeprefix(" ") == word))
-            for word in self.words
-        )
+
+        def first_tokens(word: str) -> set[int]:
+            return {self.spellings[s] for s in limit.spellings if s.removeprefix(" ") == word}
+
+        return tuple(tuple(sorted(first_tokens(word))) for word in self.words)
 
 
 def with_first_tokens(bias: Mapping[Any, float], tokens: Sequence[Any]) -> dict[Any, float]:
@@ -142,6 +143,10 @@ def _biased(client: Any, tokens: Sequence[int]) -> Any:
 def _has_response_format(body: dict[str, Any]) -> bool:
     wanted = body.get("response_format")
     return wanted is not None and not (isinstance(wanted, dict) and wanted.get("type") == "text")
+
+
+def _forces_a_tool(body: dict[str, Any]) -> bool:
+    return body.get("tool_choice") not in (None, "none", "auto")
 
 
 def _choices(structured: Any) -> frozenset[str]:

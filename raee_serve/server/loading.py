@@ -174,14 +174,15 @@ class TableLoader:
         return retriever
 
     def deciding_by(self, retriever: ExitRetriever, gate: Gate) -> Gate:
-        """`gate`, deciding by the retriever's table."""
+        """`gate`, deciding by the retriever's table. Raises BindingError."""
         version, rows = retriever.table_version, retriever.rows_by_task
+        admission = self._admission(retriever)  # what does not fit is said here, if at all
         self._retriever = retriever
         retriever.observe = gate.metrics.looked_up
         gate.metrics.table(version, rows)
         return replace(
             gate,
-            admission=self._admission(retriever),
+            admission=admission,
             lookups=self._lookups(retriever, gate),
             snapshot=Snapshot(version, retriever.table_state, rows),
         )

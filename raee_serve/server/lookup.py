@@ -76,8 +76,9 @@ class LookupBatcher:
             lookup_ms = (time.perf_counter() - start) * 1000
             return [self._outcome(entry, lookup_ms) for entry in entries]
         finally:
-            for entry in entries:  # late, or the client is gone: not worth encoding any more
-                entry.decision.cancel()
+            late = [entry.decision.cancel() for entry in entries]
+            if any(late):  # or the client is gone: not worth encoding any more
+                self._waiting = deque(e for e in self._waiting if not e.decision.done())
 
     def successor(self, decide: Decide) -> LookupBatcher:
         """One that decides otherwise, on the same thread; this one finishes what it has begun."""

@@ -84,6 +84,7 @@ class DecisionMetrics:
         self._reloads.labels(outcome).inc()
 
     def record(self, decisions: Iterable[ExitDecision]) -> None:
+        """Those of a request that vLLM runs."""
         for decision in decisions:
             task = decision.task or "-"
             self._decisions.labels(decision.reason.value, task).inc()

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
@@ -39,6 +40,9 @@ from raee_serve.server.tracing import record_span
 MIDDLEWARE = "raee_serve.server.middleware.RaeeMiddleware"
 """Import path, as vLLM's `--middleware` takes it."""
 
+MAX_IN_HEADERS = 128
+"""Prompts of a list whose decisions are told in headers: 6 kB. Clients and proxies take 8."""
+
 Handler = Callable[[str, Scope, Receive, Send], Awaitable[None]]
 
 ROUTES: dict[str, Kind] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
@@ -59,7 +63,7 @@ class RaeeMiddleware:
         try:
             await handle(path, scope, receive, send)
         except RequestError as error:
-            await error_response(error)(scope, receive, send)
+            await _across_origins(error_response(error), scope)(scope, receive, send)
 
     def _handler(self, path: str) -> Handler | None:
         """None for what is vLLM's alone."""
@@ -75,7 +79,7 @@ class RaeeMiddleware:
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         response = await answer(_gate(scope), path, scope, receive)
-        await response(scope, receive, send)
+        await _across_origins(response, scope)(scope, receive, send)
 
     async def _admit(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST" or not is_json(scope):
@@ -98,7 +102,12 @@ class RaeeMiddleware:
         self, gate: Gate, admitted: Admitted, scope: Scope, receive: Receive, send: Send
     ) -> None:
         depths = RequestDepths(admitted.depths)
-        send = _with_headers(send, decision_headers(admitted.decisions))
+
+        def begin(response: Message) -> None:
+            MutableHeaders(scope=response).update(decision_headers(admitted.decisions))
+            gate.metrics.record(admitted.decisions)
+
+        send = _on_success(send, begin)
         if admitted.explain:
             about = (admitted.decisions, gate.table_version, depths.restarted)
             send = with_raee(send, lambda: raee_object(*about))
@@ -123,7 +132,11 @@ async def _admitted(gate: Gate, kind: Kind, scope: Scope, raw: bytes) -> Admitte
 
 
 def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
-    """Response headers: one value per prompt, in prompt order, "-" where there is none."""
+    """Response headers: one value per prompt, in prompt order, "-" where there is none.
+
+    Of a longer list than `MAX_IN_HEADERS` the first so many; `explain` says all.
+    """
+    decisions = decisions[:MAX_IN_HEADERS]
 
     def joined(values: list[Any]) -> str:
         return ", ".join("-" if value is None else str(value) for value in values)
@@ -148,7 +161,19 @@ def _path(scope: Scope) -> str:
     if scope["type"] != "http" or scope["method"] == "OPTIONS":
         return ""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    return path.removeprefix(scope.get("root_path", "").rstrip("/"))
+
+
+def _across_origins(response: ASGIApp, scope: Scope) -> ASGIApp:
+    """An answer of ours, which does not pass vLLM's own CORS check on its way."""
+    args = scope["app"].state.args
+    return CORSMiddleware(
+        response,
+        allow_origins=args.allowed_origins,
+        allow_credentials=args.allow_credentials,
+        allow_methods=args.allowed_methods,
+        allow_headers=args.allowed_headers,
+    )
 
 
 def _is_authorized(app: ASGIApp, scope: Scope) -> bool:
@@ -160,12 +185,12 @@ def _is_authorized(app: ASGIApp, scope: Scope) -> bool:
     return AuthenticationMiddleware(app, tokens).verify_token(Headers(scope=scope))
 
 
-def _with_headers(send: Send, headers: dict[str, str]) -> Send:
-    """Add `headers` to a response unless it reports an error."""
+def _on_success(send: Send, begin: Callable[[Message], None]) -> Send:
+    """Hand the start of a response to `begin`, unless it reports an error."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] < 400:
-            MutableHeaders(scope=message).update(headers)
+            begin(message)
         await send(message)
 
     return sending

@@ -126,7 +126,13 @@ class Server:
             routes=[Route(path, self.endpoint, methods=["POST"]) for path in paths],
             middleware=[Middleware(RaeeMiddleware), *([guard] if api_key else [])],
         )
-        self.app.state.args = Namespace(api_key=[api_key] if api_key else None)
+        self.app.state.args = Namespace(
+            api_key=[api_key] if api_key else None,
+            allowed_origins=["https://page.example"],
+            allow_credentials=False,
+            allowed_methods=["*"],
+            allowed_headers=["*"],
+        )
         self.app.state.engine_client = DepthClient(self.engine, self.gate, LOOP)
 
     def decide(self, lookups):

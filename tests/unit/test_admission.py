@@ -1,5 +1,7 @@
 """Which prompts may leave early: the task must be known and its output limited to its labels."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.admission import Admission
-from raee_serve.server.limits import LabelOutputs
+from raee_serve.server.limits import LabelOutputs, OutputLimit
 from raee_serve.server.prompts import read_prompts
 from raee_serve.table.prompts import ChatPrompt, CompletionPrompt
 from raee_serve.table.task import Task
@@ -140,7 +142,9 @@ def test_a_chat_matches_by_its_only_user_message():
     assert reason(named, kind="chat") == Reason.UNMATCHED
 
 
-@pytest.mark.parametrize(("model", "is_adapter"), [("base", False), ("", False), ("tuned", True)])
+@pytest.mark.parametrize(
+    ("model", "is_adapter"), [("base", False), ("", False), ("tuned", True), (["x"], False)]
+)
 def test_an_adapter_is_not_looked_up(model, is_adapter):
     body = {"prompt": "Fine. It was", **CHOICE, "model": model}
     admission = Admission(NUM_LAYERS, TASKS, LABELS, served_names=("base",))
@@ -253,3 +257,20 @@ def test_nothing_a_client_sends_raises(fields, prompt, messages, named):
             texts = [None if isinstance(p, tuple) else p for p in prompts]
             planned = ADMISSION.plan(kind, body, ADMISSION.options(body), texts)
             assert len(planned.entries) == len(prompts)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_a_tool_that_must_be_called_takes_the_place_of_label_words(choice):
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": choice}
+    messages = [{"role": "user", "content": "Rate: fine"}]
+    named = {"messages": messages, "raee": {"task": "chat"}, **tools}
+    assert reason(named, kind="chat") == Reason.UNCONSTRAINED
+    assert plan(named, kind="chat").body == {"messages": messages, **tools}
+    assert reason({**named, **CHOICE}, kind="chat") == Reason.UNCONSTRAINED
+
+
+def test_two_spellings_that_begin_alike_are_one_token():
+    spellings = {spelling: 7 for word in TWO for spelling in (word, f" {word}")}
+    label = replace(LABELS["sst2"], spellings=spellings)
+    limit = OutputLimit.of({"structured_outputs": {"choice": list(spellings)}})
+    assert label.tokens_under(limit) == ((7,), (7,))

@@ -44,3 +44,18 @@ def test_unknown_back_ends_are_named():
     with pytest.raises(RaeeError, match="'jax'; allowed: torch, onnx, onnx-int8"):
         Encoder("minilm", backend="jax")
     assert DEFAULT_BACKEND in BATCH_SIZE
+
+
+def test_what_is_far_beyond_the_window_is_not_read(torch_encoder, monkeypatch):
+    words = "a film that begins well and then goes on for most of its three hours " * 100
+    whole = torch_encoder.encode([words])
+    seen: list[str] = []
+    encode = torch_encoder._model.encode
+
+    def noting(texts, **settings):
+        seen.extend(texts)
+        return encode(texts, **settings)
+
+    monkeypatch.setattr(torch_encoder._model, "encode", noting)
+    np.testing.assert_array_equal(torch_encoder.encode([words * 1000]), whole)
+    assert len(seen[0]) == 256 * encoder_module.CHARS_PER_TOKEN < len(words * 1000)

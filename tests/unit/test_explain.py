@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.access import Access
+from raee_serve.server.explain import raee_object
 from tests.unit.serving import ALLOWED, NUM_LAYERS, Server
 
 pytestmark = pytest.mark.unit
@@ -77,3 +79,8 @@ def test_it_can_be_switched_off():
     assert server.post(prompt="a It was", **ALLOWED).status_code == 200
     preview = server.post("/v1/raee/preview", prompt="a It was", **ALLOWED)
     assert "neighbours" not in preview.json()["prompts"][0]
+
+
+def test_a_restart_among_prompts_decided_as_one_is_told_of_all():
+    decision = ExitDecision(5, NUM_LAYERS, Reason.OVERRIDE)
+    assert raee_object([decision], None, {1})["prompts"][0]["restarted"] is True

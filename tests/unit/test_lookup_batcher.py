@@ -106,6 +106,20 @@ def test_a_late_look_up_is_full_depth_and_does_not_hold_the_event_loop():
     assert decider.batches == [["3"], ["6"]]  # 4 and 5 were given up before they were encoded
 
 
+def test_while_a_batch_hangs_what_was_given_up_is_forgotten():
+    decider = Decider(open_at_once=False)
+
+    async def scenario():
+        service = batcher(decider, timeout_s=0.01)
+        for layer in range(5):
+            await service.decide(lookups(layer))
+        waiting = len(service._waiting)
+        decider.gate.set()
+        return waiting
+
+    assert asyncio.run(scenario()) == 0
+
+
 def test_a_failure_is_full_depth_logged_once_per_kind_and_later_look_ups_work(caplog):
     def decide(lookups):
         if lookups[0].key_text == "1":

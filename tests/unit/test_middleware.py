@@ -10,6 +10,7 @@ from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, exit_args
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.depths import PromptDepth, RequestDepths
 from raee_serve.server.engine_client import at_depth
+from raee_serve.server.middleware import MAX_IN_HEADERS
 from tests.kept import grown, kept
 from tests.unit.serving import ALLOWED, DECISION, NUM_LAYERS, Server
 
@@ -110,9 +111,31 @@ def test_other_content_types_and_routes_are_left_alone():
     assert server.exit_layers() == [NUM_LAYERS, NUM_LAYERS]
 
 
-def test_errors_of_the_application_carry_no_decision():
-    answer = Server().post(prompt="bad")
+def test_errors_of_the_application_carry_no_decision_and_are_not_counted():
+    server = Server()
+    answer = server.post(prompt=["a It was", "bad"], **ALLOWED)
     assert answer.status_code == 400 and "x-raee-exit-layer" not in answer.headers
+    assert server.looked_up == ["a"]
+    assert server.value("raee_decisions_total", reason="retrieved", task="sst2") is None
+    server.post(prompt="a It was", **ALLOWED)
+    assert server.value("raee_decisions_total", reason="retrieved", task="sst2") == 1
+
+
+def test_a_long_list_has_the_first_decisions_in_its_headers():
+    answer = Server().post(prompt=["b"] * 300, raee={"exit_layer": 5})
+    assert answer.headers["x-raee-exit-layer"] == ", ".join(["5"] * MAX_IN_HEADERS)
+    assert sum(len(f"{k}: {v}\r\n") for k, v in answer.headers.items()) < 8_000
+
+
+def test_another_origin_may_read_our_own_answers():
+    server, origin = Server(), {"origin": "https://page.example"}
+    for answer in (
+        server.post(prompt="film", raee={"k": 0}, headers=origin),
+        server.post("/v1/raee/preview", prompt="a It was", headers=origin),
+    ):
+        assert answer.headers["access-control-allow-origin"] == "https://page.example"
+    answer = server.post(prompt="film", raee={"k": 0}, headers={"origin": "https://other.example"})
+    assert answer.status_code == 400 and "access-control-allow-origin" not in answer.headers
 
 
 def test_without_the_api_key_nothing_is_looked_up_and_nothing_about_options_is_told():

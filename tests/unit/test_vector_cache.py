@@ -1,5 +1,7 @@
 """Texts are embedded once, however often and in whatever batches they are asked for."""
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -50,3 +52,11 @@ def test_the_least_recently_used_is_forgotten():
     for text in ("a", "bb", "a", "ccc", "a", "bb"):
         cache.encode([text])
     assert encoder.embedded == ["a", "bb", "ccc", "bb"]
+
+
+def test_texts_are_not_kept():
+    cache = VectorCache(LengthEncoder())
+    text = "".join(["a"] * 100)
+    before = sys.getrefcount(text)
+    cache.encode([text])
+    assert sys.getrefcount(text) == before + 1  # what the encoder of this test noted
