@@ -71,9 +71,11 @@ def run_engine(
     counters.clear()
     engine = tiny_engine(Path(checkpoint), disable_log_stats=False, **changes)
     with engine as llm, ExitStack() as while_it_runs:
+        warm_up(worker_of(llm))
         replayed = []
         if graph_sizes:
-            replayed = replay_functions(llm, graph_sizes, is_compiled, while_it_runs)
+            worker = worker_of(llm)
+            replayed = replay_functions(worker, graph_sizes, is_compiled, while_it_runs)
         is_async = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         for run in runs:
             preempted = preemptions(llm)
@@ -91,15 +93,27 @@ def run_engine(
     return results
 
 
+def worker_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+def warm_up(worker: Any) -> None:
+    """As a CUDA worker does before it captures anything."""
+    import torch
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    with torch.inference_mode():
+        warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
+
+
 def replay_functions(
-    llm: Any, sizes: Sequence[int], is_compiled: bool, while_it_runs: ExitStack
+    worker: Any, sizes: Sequence[int], is_compiled: bool, while_it_runs: ExitStack
 ) -> list[tuple[int, ...]]:
     """Capture the model's segments as functions; returns the sizes of each step replayed later."""
     import torch
 
     from raee_serve_patches.compiled_layers import CompiledLayers
 
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     runner = worker.model_runner
     state = runner.model_state
     config = as_compiling(runner.vllm_config) if is_compiled else runner.vllm_config
