@@ -98,12 +98,13 @@ def worker_of(llm: Any) -> Any:
 
 
 def warm_up(worker: Any) -> None:
-    """As a CUDA worker does before it captures anything."""
-    import torch
-    from vllm.v1.worker.gpu.warmup import warmup_kernels
+    """With a step that no scheduler planned, as a CUDA worker's warm-up begins and ends.
 
-    with torch.inference_mode():
-        warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
+    The interpreter cannot run the sampler's kernels that are warmed up between.
+    """
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    worker.execute_model(SchedulerOutput.make_empty())
 
 
 def replay_functions(
