@@ -108,8 +108,8 @@ def measured_starts(
     for start in range(1, starts + 1):
         comparison.close()
         one_round(comparison, map(shortened, groups()), start, pair=0)
-        pairs_of_it = range(1, pairs + 1)
-        measured.append([one_round(comparison, groups(), start, pair) for pair in pairs_of_it])
+        rounds = (one_round(comparison, groups(), start, pair + 1) for pair in range(pairs))
+        measured.append(list(rounds))
     return measured
 
 

@@ -1,4 +1,4 @@
-"""The gate every request passes: plan, look up, count."""
+"""The gate every request passes: plan, look up."""
 
 from __future__ import annotations
 

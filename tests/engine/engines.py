@@ -75,6 +75,11 @@ def tiny_engine(checkpoint: Path, **changes: Any) -> Iterator[LLM]:
         yield llm
 
 
+def worker_of(llm: LLM) -> Any:
+    """The only worker of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
 def generate_at(
     llm: LLM,
     prompts: Sequence[list[int]],

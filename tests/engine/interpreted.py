@@ -65,16 +65,15 @@ def run_engine(
 ) -> list[dict[str, Any]]:
     from torch._dynamo.utils import counters
 
-    from tests.engine.engines import generate_at, preemptions, tiny_engine
+    from tests.engine.engines import generate_at, preemptions, tiny_engine, worker_of
 
     results = []
     counters.clear()
     engine = tiny_engine(Path(checkpoint), disable_log_stats=False, **changes)
     with engine as llm, ExitStack() as while_it_runs:
-        warm_up(worker_of(llm))
-        replayed = []
+        worker, replayed = worker_of(llm), []
+        warm_up(worker)
         if graph_sizes:
-            worker = worker_of(llm)
             replayed = replay_functions(worker, graph_sizes, is_compiled, while_it_runs)
         is_async = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         for run in runs:
@@ -93,14 +92,10 @@ def run_engine(
     return results
 
 
-def worker_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-
-
 def warm_up(worker: Any) -> None:
-    """With a step that no scheduler planned, as a CUDA worker's warm-up begins and ends.
+    """With a step that no scheduler planned, as all are of a CUDA worker's warm-up.
 
-    The interpreter cannot run the sampler's kernels that are warmed up between.
+    This one has no requests: the interpreter cannot run all kernels of the sampler.
     """
     from vllm.v1.core.sched.output import SchedulerOutput
 

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from raee_serve.engine.settings import engine_options
-from tests.engine.engines import generate_at, run_vanilla, tiny_args, tiny_engine
+from tests.engine.engines import generate_at, run_vanilla, tiny_args, tiny_engine, worker_of
 from tests.engine.reference import mixed_mismatches
 from tests.tiny import ENGINE_SIZES, saved, tiny_gemma3, tiny_llama
 
@@ -63,8 +63,7 @@ def test_depths_equal_cut_checkpoints(llm, checkpoint, depths):
 
 
 def test_decode_steps_are_replayed(llm):
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    graphs = worker.model_runner.model_state._graphs
+    graphs = worker_of(llm).model_runner.model_state._graphs
     if is_eager(llm):
         assert graphs is None
         return
