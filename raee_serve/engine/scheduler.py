@@ -1,9 +1,11 @@
 """Scheduler that carries each scheduled request's exit layer to the worker."""
 
+import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -11,7 +13,7 @@ from vllm.v1.request import Request
 
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.kv_cache import is_split
-from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, shortcuts_of
+from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, exit_args, shortcuts_of
 from raee_serve.records import ExitHead
 from raee_serve_patches.depth_kv_cache import bring_kv_cache_manager
 from raee_serve_patches.request_salt import salt_block_hashes
@@ -52,7 +54,10 @@ class TruncatingScheduler(Scheduler):
             bring_kv_cache_manager(self, self.exits.layer_of)
 
     def add_request(self, request: Request) -> None:
-        if not self.kv_by_depth:
+        if (session := self.requests.get(request.request_id)) is not None:
+            # A later chunk of a streamed input, which reads keys and values of those before it.
+            request.sampling_params = at_exit(request.sampling_params, *self.exits.of(session))
+        elif not self.kv_by_depth:
             # Not the head, which comes after the last layer: keys and values do not depend on it.
             salt_block_hashes(request, self.exits.layer_of(request), self.exits.num_layers)
         super().add_request(request)
@@ -80,6 +85,13 @@ def truncating_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Truncat
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler_cls = TruncatingAsyncScheduler if is_async else TruncatingScheduler
     return scheduler_cls(vllm_config, *args, **kwargs)
+
+
+def at_exit(params: SamplingParams, layer: int, head: ExitHead) -> SamplingParams:
+    """A copy of `params` with this exit instead of its own."""
+    own = copy.copy(params)
+    own.extra_args = {**(params.extra_args or {}), EXIT_HEAD_KEY: "plain", **exit_args(layer, head)}
+    return own
 
 
 @dataclass(frozen=True)
