@@ -58,7 +58,8 @@ class ExitTable:
     def __init__(self, uri: str, database: Any) -> None:
         self.uri = uri
         self._database = database
-        self._staged: dict[str, TaskEntry] = {}  # tasks whose rows are being replaced through here
+        self._targets: dict[str, TaskEntry] = {}  # by task, where rows added through here go
+        self._staged: set[str] = set()  # tasks whose rows are being replaced through here
         with _naming(uri, "cannot read it"):
             self._exits = database.open_table(EXITS)
             self._read_metadata()
@@ -113,6 +114,7 @@ class ExitTable:
         if entry.name not in self.metadata.tasks:
             self._commit(edits.add_task(entry.on_shelf(self._last_shelf(entry.name) + 1)))
             self.metadata.check_same(entry, self.uri)  # another writer may have come first
+        self._targets[entry.name] = self.metadata.tasks[entry.name]
 
     def put_choices(self, choices: Mapping[str, RuleChoice]) -> None:
         """Records how exits of some of its tasks are to be chosen, as their rows are seen here:
@@ -140,7 +142,8 @@ class ExitTable:
         with them.
         """
         known = self.metadata.tasks.get(entry.name)
-        self._staged[entry.name] = entry.on_shelf(1 + (_number(known.shelf) if known else 0))
+        self._targets[entry.name] = entry.on_shelf(1 + (_number(known.shelf) if known else 0))
+        self._staged.add(entry.name)
 
     def finish_replace(self, task: str, ids: Collection[str]) -> None:
         """Puts the rows of these ids in the place of all rows of the task, in one atomic commit.
@@ -150,9 +153,9 @@ class ExitTable:
         """
         self._exits.checkout_latest()
         there = self._staged_ids(task, ids)
-        self._commit(edits.replace_rows(self._staged[task], len(ids), there - set(ids)))
+        self._commit(edits.replace_rows(self._targets[task], len(ids), there - set(ids)))
         self._staged_ids(task, ids)
-        del self._staged[task]
+        self._staged.remove(task)
 
     def drop_task(self, task: str) -> None:
         """Removes a task with its rows and its choice. Raises TableError if it is not here."""
@@ -160,6 +163,7 @@ class ExitTable:
             known = ", ".join(self.metadata.tasks) or "none"
             raise TableError(f"exit table {self.uri} holds no task {task!r}; it holds: {known}")
         self._commit(edits.drop_task(task))
+        self._targets.pop(task, None)
 
     def delete_rows(self, ids: Collection[str]) -> None:
         """Removes rows of any task. Raises TableError naming ids that are not here.
@@ -167,7 +171,7 @@ class ExitTable:
         Raises BindingError if another writer has meanwhile dropped or replaced a task with such
         rows: of that one nothing was deleted.
         """
-        rows = {entry: self.row_ids(name) for name, entry in self.metadata.tasks.items()}
+        rows = {entry: self._ids(entry) for entry in self.metadata.tasks.values()}
         if unknown := sorted(set(ids).difference(*rows.values())):
             more = f" and {len(unknown) - NAMED_IDS} more" if len(unknown) > NAMED_IDS else ""
             raise TableError(
@@ -204,8 +208,8 @@ class ExitTable:
             self._read_metadata()
 
     def row_ids(self, task: str) -> set[str]:
-        with _naming(self.uri, "cannot read its row ids"):
-            return set(self._query(self._target(task), ["id"]).to_arrow()["id"].to_pylist())
+        """Of the rows among which `add` puts new ones."""
+        return self._ids(self._target(task))
 
     def count_rows(self) -> int:
         return int(self._exits.count_rows(edits.rows_of(self.metadata)))
@@ -258,7 +262,11 @@ class ExitTable:
 
     def _target(self, task: str) -> TaskEntry:
         """Where rows of a task are to go."""
-        return self._staged.get(task) or self.metadata.tasks[task]
+        return self._targets.get(task) or self.metadata.tasks[task]
+
+    def _ids(self, entry: TaskEntry) -> set[str]:
+        with _naming(self.uri, "cannot read its row ids"):
+            return set(self._query(entry, ["id"]).to_arrow()["id"].to_pylist())
 
     def _is_seen(self, entry: TaskEntry) -> bool:
         """Whether readers of the table as it is now find the task's rows where the entry says."""

@@ -117,6 +117,18 @@ def test_who_adds_to_a_task_that_was_replaced_or_dropped_is_told(uri, table):
     assert ids(uri) == []
 
 
+def test_rows_never_join_those_of_another_template(uri, table):
+    other = ExitTable.open(uri)
+    other.drop_task("sst2")
+    other.put_task(OTHER)
+    other.add("sst2", label_rows(["by the other template"]))
+    table.put_task(entry("trec"))  # shows what the other writer did
+    assert table.row_ids("sst2") == set()
+    with pytest.raises(BindingError, match="sst2 was dropped or replaced by another writer"):
+        table.add("sst2", label_rows(["by the first"]))
+    assert ids(uri) == ["by the other template"]
+
+
 def test_of_two_who_replace_a_task_the_second_is_told(uri, table):
     late = ExitTable.open(uri)
     for writer in (table, late):
