@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from raee_serve.errors import RaeeError
@@ -40,22 +42,29 @@ def run(args: Namespace) -> None:
         raise RaeeError(f"--out {args.out} exists; name a directory that does not")
     old = ExitTable.open(args.table)
     # Everything cheap that can fail comes before anything is encoded.
-    rows = {name: old.rows(name) for name in old.metadata.tasks}
+    rows = {name: old.rows(name, vectors=False) for name in old.metadata.tasks}
     texts = {
         name: key_texts(get_task(name), own, args.data, args.words) for name, own in rows.items()
     }
     encoder = Encoder(args.encoder, threads=torch.get_num_threads())
+    # All of it before the new table is there: one that was cut short could be served.
+    vectors = {name: _encoded(encoder, name, own) for name, own in texts.items()}
     new = ExitTable.open_or_create(
         args.out, TableMetadata(old.metadata.backbone, encoder.identity())
     )
     for name, own in rows.items():
         new.put_task(old.metadata.tasks[name])
-        blocks = range(0, len(own), AT_ONCE)
-        bar = tqdm(blocks, desc=name, unit=f" x {AT_ONCE} rows")
-        vectors = [encoder.encode(texts[name][first : first + AT_ONCE]) for first in bar]
-        if vectors:
-            new.add(name, replace(own, vectors=np.concatenate(vectors)))
+        if len(own):
+            new.add(name, replace(own, vectors=vectors[name]))
     shortcuts, copy = find_shortcuts(args.table, None), beside_table(args.out)
     if shortcuts is not None and copy is not None:
         shutil.copyfile(shortcuts, copy)
     print(f"raee-serve: {new.count_rows()} rows under {encoder.identity()} in {args.out}")
+
+
+def _encoded(encoder: Encoder, task: str, texts: Sequence[str]) -> NDArray[np.float32]:
+    """[texts, dimension], in order."""
+    blocks = range(0, len(texts), AT_ONCE)
+    bar = tqdm(blocks, desc=task, unit=f" x {AT_ONCE} rows")
+    vectors = [encoder.encode(texts[first : first + AT_ONCE]) for first in bar]
+    return np.concatenate([np.empty((0, encoder.dimension), np.float32), *vectors])

@@ -112,3 +112,14 @@ def test_what_cannot_be_moved_leaves_no_table(table, cut, tmp_path, capsys):
     assert main(command) == 1
     assert re.search("1 of 9 rows of task demo_sentiment are not in", capsys.readouterr().err)
     assert not target.exists()
+
+
+def test_a_move_that_is_cut_short_leaves_no_table(table, cut, tmp_path, monkeypatch):
+    def full(self, texts):
+        raise RaeeError("no memory left")
+
+    target = tmp_path / "moved"
+    monkeypatch.setattr(Encoder, "encode", full)
+    command = ["table", "reencode", str(table), "--encoder", str(cut), "--out", str(target)]
+    assert main(command) == 1
+    assert not target.exists()
