@@ -163,7 +163,8 @@ class ExitTable:
             known = ", ".join(self.metadata.tasks) or "none"
             raise TableError(f"exit table {self.uri} holds no task {task!r}; it holds: {known}")
         self._commit(edits.drop_task(task))
-        self._targets.pop(task, None)
+        if task not in self._staged:
+            self._targets.pop(task, None)
 
     def delete_rows(self, ids: Collection[str]) -> None:
         """Removes rows of any task. Raises TableError naming ids that are not here.
@@ -200,6 +201,8 @@ class ExitTable:
             check_target(self._database.open_table(EXITS), number)
             patiently(self._exits, lambda: self._exits.restore(number))
             self._read_metadata()
+        self._targets.clear()
+        self._staged.clear()
 
     def compact(self, keep: timedelta = KEEP) -> None:
         """Merges the files of many small additions, and drops versions beyond `keep`."""
