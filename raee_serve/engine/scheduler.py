@@ -1,11 +1,9 @@
 """Scheduler that carries each scheduled request's exit layer to the worker."""
 
-import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -13,7 +11,7 @@ from vllm.v1.request import Request
 
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.kv_cache import is_split
-from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, exit_args, shortcuts_of
+from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, at_exit, shortcuts_of
 from raee_serve.records import ExitHead
 from raee_serve_patches.depth_kv_cache import bring_kv_cache_manager
 from raee_serve_patches.request_salt import salt_block_hashes
@@ -85,13 +83,6 @@ def truncating_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Truncat
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler_cls = TruncatingAsyncScheduler if is_async else TruncatingScheduler
     return scheduler_cls(vllm_config, *args, **kwargs)
-
-
-def at_exit(params: SamplingParams, layer: int, head: ExitHead) -> SamplingParams:
-    """A copy of `params` with this exit instead of its own."""
-    own = copy.copy(params)
-    own.extra_args = {**(params.extra_args or {}), EXIT_HEAD_KEY: "plain", **exit_args(layer, head)}
-    return own
 
 
 @dataclass(frozen=True)

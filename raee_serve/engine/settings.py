@@ -1,9 +1,12 @@
 """What the extension asks of vLLM, and how a request says its exit layer."""
 
+from __future__ import annotations
+
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,11 +16,16 @@ from raee_serve.exit_points import checked_points, even_points
 from raee_serve.records import EXIT_HEADS, ExitHead
 from raee_serve.shortcuts import Shortcuts
 
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
 OFF_VARIABLE = "RAEE_OFF"
 """Kill switch: set to 1, everything is vanilla vLLM: its own models, scheduler and worker."""
 
+RESERVED_PREFIX = "raee_"
+"""Keys of `SamplingParams.extra_args` that are ours alone; clients reach it by `vllm_xargs`."""
 EXIT_LAYER_KEY = "raee_exit_layer"
-"""Key of `SamplingParams.extra_args` under which a request's exit layer travels (an int)."""
+"""The one under which a request's exit layer travels (an int)."""
 EXIT_HEAD_KEY = "raee_exit_head"
 """The same for its exit head, one of `EXIT_HEADS`; without it the head is plain."""
 
@@ -112,6 +120,19 @@ def exit_args(exit_layer: int, head: ExitHead = "plain") -> dict[str, Any]:
     if head not in EXIT_HEADS:
         raise ValueError(f"exit head is {head!r}; allowed: {', '.join(EXIT_HEADS)}")
     return {EXIT_LAYER_KEY: exit_layer} | ({} if head == "plain" else {EXIT_HEAD_KEY: head})
+
+
+def at_exit(params: SamplingParams, exit_layer: int, head: ExitHead) -> SamplingParams:
+    """A copy of `params` with this exit and a dict of its own, less all keys that are ours.
+
+    The prompts of one body share one `extra_args` dict, and `SamplingParams.clone` is shallow.
+    Raises as `exit_args`.
+    """
+    own = copy.copy(params)
+    given = (params.extra_args or {}).items()
+    kept = {key: value for key, value in given if not key.startswith(RESERVED_PREFIX)}
+    own.extra_args = kept | exit_args(exit_layer, head)
+    return own
 
 
 def is_off() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import uuid
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator, Callable
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from raee_serve.engine.settings import exit_args
+from raee_serve.engine.settings import at_exit
 from raee_serve.server.depths import PromptDepth, RequestDepths, current_depths
 from raee_serve.server.gate import Gate
 from raee_serve.server.limits import with_first_tokens
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.outputs import RequestOutput
 
-RESERVED_PREFIX = "raee_"
-"""Keys of `extra_args` that are ours alone; clients reach that dict through `vllm_xargs`."""
 ABORT_S = 1.0
 """In which clients are told that their requests were aborted, before the engine is killed."""
 
@@ -138,17 +135,8 @@ def once_more(params: SamplingParams, depth: PromptDepth) -> SamplingParams:
 
 
 def at_depth(params: SamplingParams, depth: PromptDepth) -> SamplingParams:
-    """A copy of `params` at this depth, with a dict of its own and without client-sent keys.
-
-    The prompts of one body share one `extra_args` dict, and `SamplingParams.clone` is shallow.
-    """
-    own = copy.copy(params)
-    kept = {
-        key: value
-        for key, value in (params.extra_args or {}).items()
-        if not key.startswith(RESERVED_PREFIX)
-    }
-    own.extra_args = kept | exit_args(depth.exit_layer, depth.exit_head)
+    """A copy of `params` at this depth, see `at_exit`."""
+    own = at_exit(params, depth.exit_layer, depth.exit_head)
     if depth.token_bias or depth.first_tokens:
         bias = dict(params.logit_bias or {})
         for token, value in depth.token_bias:

@@ -58,8 +58,8 @@ class ExitTable:
     def __init__(self, uri: str, database: Any) -> None:
         self.uri = uri
         self._database = database
-        self._targets: dict[str, TaskEntry] = {}  # by task, where rows added through here go
-        self._staged: set[str] = set()  # tasks whose rows are being replaced through here
+        self._put: dict[str, TaskEntry] = {}  # tasks as they were when they were put through here
+        self._staged: dict[str, TaskEntry] = {}  # tasks whose rows are being replaced through here
         with _naming(uri, "cannot read it"):
             self._exits = database.open_table(EXITS)
             self._read_metadata()
@@ -114,7 +114,7 @@ class ExitTable:
         if entry.name not in self.metadata.tasks:
             self._commit(edits.add_task(entry.on_shelf(self._last_shelf(entry.name) + 1)))
             self.metadata.check_same(entry, self.uri)  # another writer may have come first
-        self._targets[entry.name] = self.metadata.tasks[entry.name]
+        self._put[entry.name] = self.metadata.tasks[entry.name]
 
     def put_choices(self, choices: Mapping[str, RuleChoice]) -> None:
         """Records how exits of some of its tasks are to be chosen, as their rows are seen here:
@@ -142,8 +142,7 @@ class ExitTable:
         with them.
         """
         known = self.metadata.tasks.get(entry.name)
-        self._targets[entry.name] = entry.on_shelf(1 + (_number(known.shelf) if known else 0))
-        self._staged.add(entry.name)
+        self._staged[entry.name] = entry.on_shelf(1 + (_number(known.shelf) if known else 0))
 
     def finish_replace(self, task: str, ids: Collection[str]) -> None:
         """Puts the rows of these ids in the place of all rows of the task, in one atomic commit.
@@ -153,9 +152,9 @@ class ExitTable:
         """
         self._exits.checkout_latest()
         there = self._staged_ids(task, ids)
-        self._commit(edits.replace_rows(self._targets[task], len(ids), there - set(ids)))
+        self._commit(edits.replace_rows(self._staged[task], len(ids), there - set(ids)))
         self._staged_ids(task, ids)
-        self._staged.remove(task)
+        self._put[task] = self._staged.pop(task)
 
     def drop_task(self, task: str) -> None:
         """Removes a task with its rows and its choice. Raises TableError if it is not here."""
@@ -163,8 +162,7 @@ class ExitTable:
             known = ", ".join(self.metadata.tasks) or "none"
             raise TableError(f"exit table {self.uri} holds no task {task!r}; it holds: {known}")
         self._commit(edits.drop_task(task))
-        if task not in self._staged:
-            self._targets.pop(task, None)
+        self._put.pop(task, None)
 
     def delete_rows(self, ids: Collection[str]) -> None:
         """Removes rows of any task. Raises TableError naming ids that are not here.
@@ -201,8 +199,7 @@ class ExitTable:
             check_target(self._database.open_table(EXITS), number)
             patiently(self._exits, lambda: self._exits.restore(number))
             self._read_metadata()
-        self._targets.clear()
-        self._staged.clear()
+        self._put.clear()
 
     def compact(self, keep: timedelta = KEEP) -> None:
         """Merges the files of many small additions, and drops versions beyond `keep`."""
@@ -265,7 +262,7 @@ class ExitTable:
 
     def _target(self, task: str) -> TaskEntry:
         """Where rows of a task are to go."""
-        return self._targets.get(task) or self.metadata.tasks[task]
+        return self._staged.get(task) or self._put.get(task) or self.metadata.tasks[task]
 
     def _ids(self, entry: TaskEntry) -> set[str]:
         with _naming(self.uri, "cannot read its row ids"):
