@@ -16,15 +16,20 @@ def check_seams(model_runner: int = 1) -> None:
         compiled_layers,
         lora_rows,
         request_salt,
+        sampler_columns,
         seeded_chunks,
         v1_step,
         v2_graphs,
         v2_step,
     )
 
-    by_runner = {
-        1: (allowed_tokens, lora_rows, seeded_chunks, v1_step),
-        2: (v2_step, v2_graphs, compiled_layers),
-    }
-    for module in (request_salt, *by_runner[model_runner]):
-        module.SEAM.check()
+    v1 = (
+        allowed_tokens.SEAM,
+        lora_rows.SEAM,
+        sampler_columns.SEAM,
+        seeded_chunks.SEAM,
+        v1_step.SEAM,
+    )
+    v2 = (v2_step.SEAM, v2_graphs.SEAM, compiled_layers.SEAM, sampler_columns.V2_SEAM)
+    for seam in (request_salt.SEAM, *{1: v1, 2: v2}[model_runner]):
+        seam.check()

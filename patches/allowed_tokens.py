@@ -1,6 +1,6 @@
-"""Seam: know the tokens that all requests of a V1 step are limited to.
+"""Seam: know the tokens that requests of a V1 step are limited to.
 
-Upstream: `GPUModelRunner.input_batch` (`req_ids`, `has_allowed_token_ids`, `num_logprobs`,
+Upstream: `GPUModelRunner.input_batch` (`has_allowed_token_ids`, `num_logprobs`,
 `logprob_token_ids`), `num_prompt_logprobs`, and of `requests` their `sampling_params`. That the
 sampler puts every token that is not allowed at minus infinity before it reads any logit, unless
 log-probabilities are asked for, is what makes their logits needless.
@@ -9,6 +9,7 @@ Why no extension point serves: `compute_logits` is given hidden states and not w
 Retired by: sampling metadata within reach of `compute_logits`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from raee_serve_patches.seam import Seam
@@ -28,19 +29,20 @@ SEAM = Seam(
 )
 
 
-def allowed_tokens(runner: Any, most: int) -> tuple[int, ...] | None:
-    """All that any request of the step in flight may answer with, in rising order.
+def allowed_tokens(runner: Any, request_ids: Sequence[str], most: int) -> tuple[int, ...] | None:
+    """All that any of these requests of the step in flight may answer with, in rising order.
 
-    `None` where these are more than `most`, or a request wants to know the probabilities of others.
+    `None` where these are more than `most`, or one wants to know the probabilities of others.
     Asked in every step: a request that may answer with too many ends the search.
     """
     batch = runner.input_batch
-    if not all(request_id in batch.has_allowed_token_ids for request_id in batch.req_ids):
+    if not all(request_id in batch.has_allowed_token_ids for request_id in request_ids):
         return None
-    if batch.num_logprobs or batch.logprob_token_ids or runner.num_prompt_logprobs:
+    wants_others = batch.num_logprobs.keys() | batch.logprob_token_ids.keys()
+    if not wants_others.isdisjoint(request_ids) or runner.num_prompt_logprobs:
         return None
     tokens: set[int] = set()
-    for request_id in batch.req_ids:
+    for request_id in request_ids:
         allowed = runner.requests[request_id].sampling_params.allowed_token_ids
         if len(allowed) > most:
             return None

@@ -1,8 +1,9 @@
 """Seam: see the step a V1 model runner has in flight, and narrow its attention state.
 
-Upstream: `GPUModelRunner.input_batch.req_ids` (batch order), `num_prompt_logprobs` (requests
-whose prompt is being scored), `attn_groups` (metadata builders and their layers), and in the
-forward context `attn_metadata` and `slot_mapping`, both by layer name.
+Upstream: `GPUModelRunner.input_batch.req_ids` (batch order, which is that of the rows that
+`compute_logits` is given in `execute_model`), `requests` and their `sampling_params`,
+`num_prompt_logprobs` (requests whose prompt is being scored), `attn_groups` (metadata builders and
+their layers), and in the forward context `attn_metadata` and `slot_mapping`, both by layer name.
 Checked on: vLLM 0.32.0, CPU attention.
 Why no extension point serves: the V1 runner builds one attention metadata for all layers and
 offers no hook between that and the model's forward.
@@ -11,6 +12,7 @@ Retired by: model runner V2, whose `ModelState.prepare_attn` is such a hook.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from vllm.forward_context import get_forward_context
@@ -19,10 +21,12 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID as NO_SLOT
 
 from raee_serve.engine.layer_loop import fitted
 from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
+from raee_serve.engine.probe_head import AskedProbe, ProbeRows, asked_probe
 from raee_serve.engine.row_widths import exact, recurring
 from raee_serve_patches.allowed_tokens import allowed_tokens
 from raee_serve_patches.layer_names import names_within
 from raee_serve_patches.lora_rows import LoraRows
+from raee_serve_patches.sampler_columns import SamplerColumns
 from raee_serve_patches.seam import Seam
 
 SEAM = Seam(
@@ -107,26 +111,55 @@ class V1Step:
         if self._lora is not None:
             self._lora.narrow(stage.num_rows)
 
+    def probe_rows(self) -> ProbeRows | None:
+        """The rows of the step's logits; `None` if none of them leaves by probe.
+
+        The runner asks for other logits, those of prompts, after the step.
+        """
+        if self._scheduler_output is None:
+            return None
+        asked = {r: self._asked_probe(r) for r in self._runner.input_batch.req_ids}
+        if not any(asked.values()):
+            return None
+        rows = [probe for r, probe in asked.items() for _ in range(self._sampled(r))]
+        by_probe = (self._runner.requests[r] for r, probe in asked.items() if probe)
+        columns = max(self._columns.needed(request.sampling_params) for request in by_probe)
+        # Adapters can have heads of their own.
+        return ProbeRows(rows, columns, head_takes_all=self._lora is not None)
+
     def allowed_tokens(self, most: int) -> tuple[int, ...] | None:
-        """What all requests of the step may answer with; `None` if more than `most` tokens.
+        """What the requests of the step, less those by probe, may answer with; `None` if more than
+        `most` tokens.
 
         Drafts are checked against logits of their own, adapters can have heads of their own.
         """
         runner = self._runner
         if self._scheduler_output is None or self._lora is not None or runner.speculative_config:
             return None
-        return allowed_tokens(runner, most)
+        by_head = [r for r in runner.input_batch.req_ids if self._asked_probe(r) is None]
+        return allowed_tokens(runner, by_head, most)
+
+    @cached_property
+    def _columns(self) -> SamplerColumns:
+        return SamplerColumns(self._runner.vllm_config)
+
+    def _asked_probe(self, request_id: str) -> AskedProbe | None:
+        extra_args = self._runner.requests[request_id].sampling_params.extra_args
+        return asked_probe(extra_args, self._num_layers)
+
+    def _sampled(self, request_id: str) -> int:
+        """How many of a request's rows the runner samples from: one more than it has drafts."""
+        return 1 + len(self._scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
 
     def _wanted_rows(self, request_id: str, query_len: int) -> int:
         """Last rows of a request whose hidden states the runner reads after the forward.
 
-        One to sample from, one more for each draft token, every row when the prompt is scored.
-        LoRA maps all rows of a layer to adapters at once, so there none can drop out within.
+        Those to sample from; every row when the prompt is scored. LoRA maps all rows of a layer to
+        adapters at once, so there none can drop out within.
         """
         if self._lora is not None or request_id in self._runner.num_prompt_logprobs:
             return query_len
-        drafts = self._scheduler_output.scheduled_spec_decode_tokens.get(request_id, ())
-        return 1 + len(drafts)
+        return self._sampled(request_id)
 
 
 def fill_slots(width: int) -> None:

@@ -9,10 +9,11 @@ from typing import Literal
 from raee_serve.errors import RaeeError
 from raee_serve.explanation import Explanation
 
-ExitHead = Literal["plain", "shortcut"]
-"""What turns the state after an exit layer into logits: final norm and LM head, or the same after
-the layer's shortcut (`shortcuts.py`)."""
+ExitHead = Literal["plain", "shortcut", "probe"]
+"""What turns the state after an exit layer into an answer: final norm and LM head, the same after
+the layer's shortcut (`shortcuts.py`), or final norm and a probe (`exits/probes.py`)."""
 EXIT_HEADS: tuple[ExitHead, ...] = ("plain", "shortcut")
+"""The heads of free text."""
 
 
 class Reason(StrEnum):
@@ -34,15 +35,14 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExitDecision:
-    """How many decoder layers one prompt runs.
+    """How many decoder layers one prompt runs, and what answers then.
 
     exit_layer: 1..num_layers; num_layers is full depth.
     distance: cosine distance (0..2) to the nearest row looked at, None without a look-up.
     lookup_ms: wall time of the look-up this decision was part of.
-    label_bias: what the exit's head adds to the logits of the task's label words, in their order;
-        empty for the plain head.
-    head: where label words are biased the head that does it, see `retrieval.heads`.
-    exit_head: what turns the state after the exit layer into logits; plain at full depth.
+    head: what turns the state after the exit layer into an answer; never a shortcut at full depth.
+    probe: name of the probe, where the head is one. label_scores: what is added to its scores, in
+        the order of the task's labels; empty for nothing.
     explanation: where one was asked for and a look-up was made.
     decided_layer: the exit layer that was decided where another one is run: under SHADOW, or the
         exit point after it.
@@ -54,17 +54,18 @@ class ExitDecision:
     task: str | None = None
     distance: float | None = None
     lookup_ms: float = 0.0
-    label_bias: tuple[float, ...] = ()
-    head: str = "plain"
+    head: ExitHead = "plain"
+    probe: str | None = None
+    label_scores: tuple[float, ...] = ()
     explanation: Explanation | None = None
     decided_layer: int | None = None
-    exit_head: ExitHead = "plain"
 
     def __post_init__(self) -> None:
         if not 1 <= self.exit_layer <= self.num_layers:
             raise RaeeError(f"exit layer {self.exit_layer} is not within 1..{self.num_layers}")
-        if self.is_full and self.exit_head != "plain":
-            raise RaeeError(f"full depth has no {self.exit_head} head")
+        if self.is_full and self.head == "shortcut":
+            raise RaeeError("full depth has no shortcut head")
+        assert (self.probe is not None) == (self.head == "probe"), (self.head, self.probe)
 
     @classmethod
     def full(
@@ -77,7 +78,7 @@ class ExitDecision:
         lookup_ms: float = 0.0,
         explanation: Explanation | None = None,
     ) -> ExitDecision:
-        """Full depth, for `reason`."""
+        """Full depth through the plain head, for `reason`."""
         return cls(
             num_layers, num_layers, reason, task, distance, lookup_ms, explanation=explanation
         )

@@ -124,6 +124,11 @@ def _v2_checks(config: Any) -> list[tuple[bool, str]]:
             "context parallel (--decode-context-parallel-size, --prefill-context-parallel-size)",
         ),
         (
+            bool(parallel.enable_batch_sharded_sampling),
+            "batch-sharded sampling (--enable-batch-sharded-sampling), which computes logits past "
+            "the exit heads",
+        ),
+        (
             config.offload_config.prefetch.offload_group_size > 0,
             "weights that are fetched ahead, layer by layer (--offload-group-size)",
         ),

@@ -19,23 +19,29 @@ from vllm.v1.worker.utils import AttentionGroup
 from raee_serve.engine.graph_layout import GraphLayout, captured_sizes, lay_out
 from raee_serve.engine.graph_segments import Capture, Layer, SegmentGraphs, StaticRows, StepRows
 from raee_serve.engine.plan import Stage, TruncationPlan, plan_truncation
+from raee_serve.engine.probe_head import AskedProbe, ProbeRows, asked_probe
 from raee_serve.engine.row_widths import exact
 from raee_serve.engine.scheduler import Exits
 from raee_serve.exit_points import segments_between
 from raee_serve_patches.compiled_layers import CompiledLayers
+from raee_serve_patches.sampler_columns import SamplerColumns
 from raee_serve_patches.v2_graphs import CudaGraphs, GraphAttention, capturing
 from raee_serve_patches.v2_step import StageAttention
 
 
 class AskedExit(NamedTuple):
-    """What the plan has to know of one request.
+    """What the plan and the head have to know of one request.
 
     is_scored: somebody wants log-probabilities of its prompt, and with them all of its rows.
+    probe: the one it leaves through, if it does.
+    columns: so many columns the sampler needs for it, see `ProbeRows`.
     """
 
     layer: int
-    is_shortcut: bool
-    is_scored: bool
+    is_shortcut: bool = False
+    is_scored: bool = False
+    probe: AskedProbe | None = None
+    columns: int = 0
 
 
 class TruncatingModelState(DefaultModelState):
@@ -51,6 +57,7 @@ class TruncatingModelState(DefaultModelState):
     _plan: TruncationPlan | None = None
     _attention: StageAttention | None = None
     _graphed: tuple[StepRows, GraphLayout] | None = None
+    _probe_rows: ProbeRows | None = None
 
     def follow(self, decoder: nn.Module, exits: Exits, points: tuple[int, ...]) -> None:
         """From now on requests run at the exits they ask for.
@@ -65,6 +72,10 @@ class TruncatingModelState(DefaultModelState):
         """Once for all captures, so that they share what is compiled."""
         return CompiledLayers(self.vllm_config, self._decoder.layers)
 
+    @cached_property
+    def _columns(self) -> SamplerColumns:
+        return SamplerColumns(self.vllm_config)
+
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
@@ -72,7 +83,11 @@ class TruncatingModelState(DefaultModelState):
             layer, head = self._exits.of(new_req_data)
             ids = params.prompt_logprob_token_ids
             is_scored = params.prompt_logprobs is not None or ids is not None
-            self._asked[new_req_data.req_id] = AskedExit(layer, head == "shortcut", is_scored)
+            probe = asked_probe(params.extra_args, self._exits.num_layers)
+            columns = 0 if probe is None else self._columns.needed(params)
+            self._asked[new_req_data.req_id] = AskedExit(
+                layer, head == "shortcut", is_scored, probe, columns
+            )
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
@@ -136,8 +151,9 @@ class TruncatingModelState(DefaultModelState):
         for each stage or graph at its entrance.
         """
         self._plan = self._attention = self._graphed = None
-        asked = self._truncated(input_batch)
-        if asked is not None:
+        asked = self._asked_in(input_batch)
+        self._probe_rows = _probe_rows(input_batch, asked)
+        if any(exit.layer < self._exits.num_layers for exit in asked):
             assert cudagraph_mode == CUDAGraphMode.NONE, f"{cudagraph_mode} graph of all layers"
             if layout := self._layout(input_batch, asked):
                 rows = _rows(input_batch, block_tables, slot_mappings)
@@ -185,20 +201,27 @@ class TruncatingModelState(DefaultModelState):
         """No filler: this runner is for GPUs, whose kernels take any number of rows."""
         return exact(num_rows)
 
+    def probe_rows(self) -> ProbeRows | None:
+        """The rows of the step that `prepare_attn` prepared, the first time it is asked.
+
+        The runner samples before it asks for other logits, those of prompts.
+        """
+        rows, self._probe_rows = self._probe_rows, None
+        return rows
+
     def allowed_tokens(self, most: int) -> None:
         """Not known here: this runner keeps what requests may answer with on the device."""
 
-    def _truncated(self, input_batch: InputBatch) -> list[AskedExit] | None:
-        """The exits of a step's requests, in batch order; None where all run every layer.
+    def _asked_in(self, input_batch: InputBatch) -> list[AskedExit]:
+        """The exits of a step's requests, in batch order; none before `follow`.
 
         All that is asked here is known to the CPU: async scheduling waits for nothing.
         """
         if self._exits is None:
-            return None
+            return []
         # Dummy batches have request ids of their own, which nobody added.
-        whole = AskedExit(self._exits.num_layers, is_shortcut=False, is_scored=False)
-        asked = [self._asked.get(request_id, whole) for request_id in input_batch.req_ids]
-        return None if all(exit.layer == whole.layer for exit in asked) else asked
+        whole = AskedExit(self._exits.num_layers)
+        return [self._asked.get(request_id, whole) for request_id in input_batch.req_ids]
 
     def _layout(self, input_batch: InputBatch, asked: list[AskedExit]) -> GraphLayout | None:
         """Graphs are of one row a request, and end in the plain head."""
@@ -209,9 +232,7 @@ class TruncatingModelState(DefaultModelState):
 
 
 def _plan(input_batch: InputBatch, asked: list[AskedExit], num_layers: int) -> TruncationPlan:
-    lens = input_batch.num_scheduled_tokens.tolist()
-    drafts = input_batch.num_draft_tokens_per_req
-    sampled = [1] * len(lens) if drafts is None else (drafts + 1).tolist()
+    lens, sampled = input_batch.num_scheduled_tokens.tolist(), _sampled(input_batch)
     plan = plan_truncation(
         [exit.layer for exit in asked],
         lens,
@@ -221,6 +242,22 @@ def _plan(input_batch: InputBatch, asked: list[AskedExit], num_layers: int) -> T
     )
     assert plan is not None  # for one of them is truncated
     return plan
+
+
+def _probe_rows(input_batch: InputBatch, asked: list[AskedExit]) -> ProbeRows | None:
+    if not any(exit.probe for exit in asked):
+        return None
+    exits = zip(asked, _sampled(input_batch), strict=True)
+    return ProbeRows(
+        [exit.probe for exit, num_rows in exits for _ in range(num_rows)],
+        max(exit.columns for exit in asked),
+    )
+
+
+def _sampled(input_batch: InputBatch) -> list[int]:
+    """How many rows of each request are sampled from: one more than it has drafts."""
+    drafts = input_batch.num_draft_tokens_per_req
+    return [1] * input_batch.num_reqs if drafts is None else (drafts + 1).tolist()
 
 
 def _rows(

@@ -11,7 +11,14 @@ from vllm.v1.request import Request
 
 from raee_serve.engine.compat import check_engine
 from raee_serve.engine.kv_cache import is_split
-from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, at_exit, shortcuts_of
+from raee_serve.engine.settings import (
+    EXIT_HEAD_KEY,
+    EXIT_LAYER_KEY,
+    is_exit_layer,
+    own_args,
+    shortcuts_of,
+    with_own_args,
+)
 from raee_serve.records import ExitHead
 from raee_serve_patches.depth_kv_cache import bring_kv_cache_manager
 from raee_serve_patches.request_salt import salt_block_hashes
@@ -54,7 +61,8 @@ class TruncatingScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         if (session := self.requests.get(request.request_id)) is not None:
             # A later chunk of a streamed input, which reads keys and values of those before it.
-            request.sampling_params = at_exit(request.sampling_params, *self.exits.of(session))
+            args = own_args(session.sampling_params)
+            request.sampling_params = with_own_args(request.sampling_params, args)
         elif not self.kv_by_depth:
             # Not the head, which comes after the last layer: keys and values do not depend on it.
             salt_block_hashes(request, self.exits.layer_of(request), self.exits.num_layers)
@@ -106,12 +114,13 @@ class Exits:
         extra_args = (params.extra_args if params is not None else None) or {}
         layer = extra_args.get(EXIT_LAYER_KEY, self.num_layers)
         head = extra_args.get(EXIT_HEAD_KEY, "plain")
-        if isinstance(layer, int) and not isinstance(layer, bool) and 1 <= layer <= self.num_layers:
-            if head == "plain" or (head == "shortcut" and layer in self.shortcut_layers):
+        if is_exit_layer(layer, self.num_layers):
+            is_shortcut = head == "shortcut" and layer in self.shortcut_layers
+            if is_shortcut or head in ("plain", "probe"):
                 return layer, head
             logger.warning_once(
-                "exit head %s at layer %d is neither 'plain' nor 'shortcut' at one of the layers "
-                "%s: such requests run at full depth",
+                "exit head %s at layer %d is neither 'plain' nor 'probe' nor 'shortcut' at one of "
+                "the layers %s: such requests run at full depth",
                 repr(head),  # arguments are to be hashable
                 layer,
                 str(sorted(self.shortcut_layers)),

@@ -27,7 +27,17 @@ RESERVED_PREFIX = "raee_"
 EXIT_LAYER_KEY = "raee_exit_layer"
 """The one under which a request's exit layer travels (an int)."""
 EXIT_HEAD_KEY = "raee_exit_head"
-"""The same for its exit head, one of `EXIT_HEADS`; without it the head is plain."""
+"""The same for its exit head, an `ExitHead`; without it the head is plain."""
+PROBE_KEY = "raee_probe"
+"""The probe of a request whose exit head is "probe": [id of the probe set, name of the probe]."""
+PROBE_BIAS_KEY = "raee_probe_bias"
+"""What is added to the scores of its probe: a float for each label. -1e9 excludes a label."""
+
+NO_LABEL = 0
+"""The token id that a request by probe answers with when it has no answer: the workers do not hold
+its probe, its bias is of another length, or the scores are not numbers."""
+FIRST_LABEL = 1
+"""The token id that it answers with for the first label of its task; the others follow."""
 
 SCHEDULER_CLS = "raee_serve.engine.scheduler.truncating_scheduler"
 CPU_WORKER_CLS = "raee_serve.engine.worker.TruncatingCPUWorker"
@@ -122,17 +132,56 @@ def exit_args(exit_layer: int, head: ExitHead = "plain") -> dict[str, Any]:
     return {EXIT_LAYER_KEY: exit_layer} | ({} if head == "plain" else {EXIT_HEAD_KEY: head})
 
 
+def probe_args(exit_layer: int, set_id: str, name: str, bias: Sequence[float]) -> dict[str, Any]:
+    """`extra_args` of a `SamplingParams` whose request leaves after `exit_layer` layers through the
+    probe `name` of the set `set_id`.
+
+    bias: what is added to the scores, a float for each of the probe's labels.
+    Its first token says the label, see `label_of`: `max_tokens` has to be 1. What works by token id
+    (penalties, `logit_bias`, `allowed_token_ids`, `min_tokens`) has no meaning beside it.
+    Raises `ValueError` unless `exit_layer` is an int of at least 1.
+    """
+    return exit_args(exit_layer) | {
+        EXIT_HEAD_KEY: "probe",
+        PROBE_KEY: [set_id, name],
+        PROBE_BIAS_KEY: [float(number) for number in bias],
+    }
+
+
+def label_of(token_id: int) -> int | None:
+    """The label, by its place in the task, that a token of a request by probe stands for.
+
+    None for `NO_LABEL`.
+    """
+    return token_id - FIRST_LABEL if token_id >= FIRST_LABEL else None
+
+
+def is_exit_layer(value: object, num_layers: int) -> bool:
+    """Whether `value` is an exit layer of a model with `num_layers` layers."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= num_layers
+
+
 def at_exit(params: SamplingParams, exit_layer: int, head: ExitHead) -> SamplingParams:
-    """A copy of `params` with this exit and a dict of its own, less all keys that are ours.
+    """A copy of `params` with this exit, which is not by probe. Raises as `exit_args`."""
+    return with_own_args(params, exit_args(exit_layer, head))
+
+
+def with_own_args(params: SamplingParams, own_args: Mapping[str, Any]) -> SamplingParams:
+    """A copy of `params` with an `extra_args` dict of its own, whose keys of ours are `own_args`.
 
     The prompts of one body share one `extra_args` dict, and `SamplingParams.clone` is shallow.
-    Raises as `exit_args`.
     """
     own = copy.copy(params)
     given = (params.extra_args or {}).items()
     kept = {key: value for key, value in given if not key.startswith(RESERVED_PREFIX)}
-    own.extra_args = kept | exit_args(exit_layer, head)
+    own.extra_args = kept | dict(own_args)
     return own
+
+
+def own_args(params: SamplingParams) -> dict[str, Any]:
+    """The `extra_args` of `params` whose keys are ours."""
+    given = (params.extra_args or {}).items()
+    return {key: value for key, value in given if key.startswith(RESERVED_PREFIX)}
 
 
 def is_off() -> bool:

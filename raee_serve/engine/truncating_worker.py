@@ -8,6 +8,7 @@ from raee_serve.engine.compat import check_attention, check_engine
 from raee_serve.engine.kv_cache import split_by_depth
 from raee_serve.engine.models import SUPPORTED
 from raee_serve.engine.models.truncated import TruncatedExecution
+from raee_serve.engine.probe_head import ProbeBank
 from raee_serve.engine.scheduler import Exits
 from raee_serve.engine.settings import SHORTCUTS_KEY, exit_points, kv_segments, shortcuts_of
 from raee_serve.fingerprint import identify_backbone
@@ -40,7 +41,21 @@ class TruncatingWorker:
             from raee_serve_patches.v1_step import V1Step
 
             self.step = V1Step(self.model_runner, num_layers)
-        model.attach(self.step.source, shortcuts)
+        config = self.model_config
+        self.probes = ProbeBank(config.get_hidden_size(), config.get_vocab_size(), self.device)
+        model.attach(self.step.source, shortcuts, self.probes)
+
+    def load_probes(self, set_id: str, packed: bytes) -> None:
+        """Hold the probes of `packed` (`exits.probes.packed`) as `set_id`, beside other sets.
+
+        Raises TableError, and changes nothing, where the set is unusable. This and the next method
+        are called through `collective_rpc`, between two steps.
+        """
+        self.probes.load(set_id, packed)
+
+    def unload_probes(self, set_id: str) -> None:
+        """Forget a probe set; requests that still ask for it answer `NO_LABEL`."""
+        self.probes.unload(set_id)
 
     def _shortcuts(self) -> Mapping[int, Shortcut]:
         """The engine's exit shortcuts. Raises TableError, a BindingError for another backbone's."""

@@ -4,57 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError
+from raee_serve.exits.choice import PUBLISHED_K, Choice
+from raee_serve.exits.neighbours import VOTERS, Array, evidence_weights, log_votes
+from raee_serve.exits.rule import NO_EVIDENCE, expected, published, shallowest
 from raee_serve.explanation import Explanation, Neighbour
 from raee_serve.records import ExitDecision, ExitHead, Reason
-from raee_serve.retrieval.aggregate import (
-    QUALITY,
-    QUALITY_RULE,
-    Rule,
-    decide,
-    exit_scores,
-    rule_named,
-    share_of,
-)
-from raee_serve.retrieval.heads import HeadName, label_counts, log_votes
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.search import Neighbours
-from raee_serve.retrieval.task_index import (
-    FAR_NEIGHBOURS,
-    MIN_BOUND,
-    TaskIndex,
-    far_neighbours,
-    read_by,
-)
-from raee_serve.table.evidence import most_kept
-from raee_serve.table.schema import RuleChoice, TableMetadata
+from raee_serve.retrieval.task_index import FAR_NEIGHBOURS, MIN_BOUND, TaskIndex, far_neighbours
+from raee_serve.table.schema import TableMetadata
 from raee_serve.table.task import Task
-from raee_serve.table.tasks import TASKS
 
+EXPLAINED = 12
+"""Neighbours that an explanation names."""
 ROUNDING = 1e-5
 """What sums of float32 qualities may be off by, as a share."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Reading:
-    """What a rule reads for one prompt.
+    """What is read for one prompt.
 
-    owner: position of the task whose row is nearest. near: the k nearest rows. evidence:
-    [k, len(heads), num_layers - skipped], without the first `skipped` layers.
+    task: whose row is nearest. is_plain: whether the paper's rule decides, on what the plain head
+        says. rows: [n] of its rows that were found, nearest first, by their
+    place in the index; similarities: [n] cosine. vector: [dimension] of the prompt.
     """
 
-    owner: int
-    choice: RuleChoice
-    rule: Rule
-    heads: tuple[str, ...]
-    near: Neighbours
-    evidence: NDArray
-    skipped: int
+    task: str
+    index: TaskIndex
+    choice: Choice
+    is_plain: bool
+    rows: NDArray[np.int64]
+    similarities: NDArray[np.float32]
+    vector: NDArray[np.float32]
+
+    @cached_property
+    def log_vote(self) -> Array:
+        """[num_labels] of the VOTERS nearest."""
+        labels = self.index.labels[self.rows[:VOTERS]]
+        return log_votes(self.similarities[:VOTERS], labels, self.index.counts)
+
+    @cached_property
+    def certainty(self) -> float | None:
+        """None where there is no fit, and with it no front end's own answer."""
+        fit = self.index.fit
+        return None if fit is None else fit.certainty(self.vector, self.log_vote)
+
+    @cached_property
+    def expected(self) -> Array:
+        """[heads, num_layers] how well each exit is expected to do."""
+        near, close = self.rows[: self.choice.k], self.similarities[: self.choice.k]
+        weights = evidence_weights(close)
+        if self.certainty is not None:
+            own = np.array(self.certainty)
+            weights = evidence_weights(close, self.index.certainties[near], own)
+        return expected(self.index.evidence[near], weights)
 
 
 class ExitDecider:
@@ -70,50 +81,31 @@ class ExitDecider:
 
         exit_points: the layers at which exits are decided, full depth among them; none for any.
         """
+        self._indexes = indexes
         self._exit_points = exit_points
-        self._ids = [row_id for index in indexes.values() for row_id in index.ids]
-        self._evidence = np.concatenate([index.evidence for index in indexes.values()])
-        self._labels = np.concatenate([index.labels for index in indexes.values()])
-        self.choices = {name: index.choice for name, index in indexes.items()}
-        self._heads = [index.heads for index in indexes.values()]
         self._names = tuple(indexes)
-        by_exit = list(read_by(QUALITY_RULE, biases_labels=False).values())
-        self._most_kept = {
-            name: most_kept(index.evidence[:, by_exit])
-            for name, index in indexes.items()
-            if not index.heads
-        }
-        self._bounds = [index.distance_bound for index in indexes.values()]
         self._ends = np.cumsum([len(index) for index in indexes.values()])
-        self._label_counts = {
-            name: label_counts(index.labels, len(metadata.tasks[name].label_words))
-            for name, index in indexes.items()
-        }
+        self.choices = {name: index.choice for name, index in indexes.items()}
         self.rows_by_task = {name: len(index) for name, index in indexes.items()}
         self.num_layers = metadata.backbone.num_layers
-        self.tasks: Mapping[str, Task] = {name: TASKS[name] for name in indexes}
+        self.tasks: Mapping[str, Task] = {name: metadata.tasks[name].task for name in indexes}
 
     def check(self, lookup: Lookup) -> None:
-        """Raises RaeeError for k < 1, a quality outside (0, 1], an unknown rule or task."""
-        if lookup.k is not None and lookup.k < 1:
-            raise RaeeError(f"k = {lookup.k} is not allowed, it must be at least 1")
-        if lookup.rule is not None:
-            rule_named(lookup.rule)
-        if lookup.quality is not None and not 0 < lookup.quality <= 1:
-            raise RaeeError(f"quality {lookup.quality} is not within (0, 1]")
+        """Raises RaeeError for k < 1, a budget outside (0, 1], an unknown task."""
         unknown = [name for name in lookup.candidates if name not in self.tasks]
         if unknown or not lookup.candidates:
             raise RaeeError(
                 f"tasks {lookup.candidates} must be one or more of this table's: "
                 f"{', '.join(self._names)}"
             )
+        for name in lookup.candidates:
+            self._choice_for(lookup, name)
 
     def never_exits(self, lookup: Lookup) -> bool:
         """Whether no rows, were they the nearest, could lead to an exit before full depth."""
-        choices = {name: self._choice_for(lookup, name) for name in lookup.candidates}
-        return all(
-            choice.rule == QUALITY and choice.quality > self._most_kept[name] * (1 + ROUNDING)
-            for name, choice in choices.items()
+        return lookup.exit_layer is None and all(
+            self._choice_for(lookup, name).budget > self._indexes[name].most_kept * (1 + ROUNDING)
+            for name in lookup.candidates
         )
 
     def no_exit(self, lookup: Lookup) -> ExitDecision:
@@ -123,109 +115,134 @@ class ExitDecider:
     def most_neighbours(self, lookup: Lookup) -> int:
         """How many it may need: k depends on which task the nearest row is of."""
         most = max(self._choice_for(lookup, name).k for name in lookup.candidates)
-        return max(most, FAR_NEIGHBOURS)
+        return max(most, FAR_NEIGHBOURS, VOTERS)
 
-    def rule_for(self, task: str, asked: str | None) -> str:
-        """The rule that chooses a task's exits where that one, or None, is asked for."""
-        own = self.choices[task].rule
-        if asked is None or (asked == QUALITY and self.tasks[task].kind == "labels"):
-            return own
-        return asked
-
-    def decide(self, lookup: Lookup, found: Neighbours) -> ExitDecision:
+    def decide(
+        self, lookup: Lookup, found: Neighbours, vector: NDArray[np.float32]
+    ) -> ExitDecision:
         """Full depth for the reasons NO_EXIT (where the look-up explains), FAR and NO_EVIDENCE.
 
-        found: at least `most_neighbours` of the candidates' rows, or all that they have.
+        found: at least `most_neighbours` of the candidates' rows, or all that they have; vector:
+        [dimension] of the prompt.
         """
-        reading = self._reading(lookup, found)
-        task, distance = self._names[reading.owner], float(reading.near.distances[0])
-        about: dict[str, Any] = {"task": task, "distance": distance}
+        reading = self._reading(lookup, found, vector)
+        about: dict[str, Any] = {"task": reading.task, "distance": float(found.distances[0])}
         if lookup.explain:
-            about["explanation"] = self._explanation(reading)
+            about["explanation"] = self._explanation(reading, lookup.min_layer)
             if self.never_exits(lookup):  # others of these are not looked up
                 return ExitDecision.full(self.num_layers, Reason.NO_EXIT, **about)
-        if self._is_far(reading.owner, lookup.candidates, found):
+        if lookup.exit_layer is not None:
+            return self._exit(reading, lookup.exit_layer, "probe", Reason.OVERRIDE, about)
+        if self._is_far(reading, lookup.candidates, found):
             return ExitDecision.full(self.num_layers, Reason.FAR, **about)
-        chosen = self._chosen(reading)
-        if chosen is None:
+        layer, head, wanted = self._chosen(reading, lookup.min_layer - 1)
+        if layer == NO_EVIDENCE:
             return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **about)
-        layer, head, wanted = chosen
         if wanted != layer:
             about["decided_layer"] = wanted
-        if reading.rule is QUALITY_RULE:
-            about["exit_head"] = cast(ExitHead, head)
-        else:
-            about["head"] = head
-            about["label_bias"] = self._label_bias(head, layer, reading, lookup.candidates)
-        return ExitDecision(layer, self.num_layers, Reason.RETRIEVED, **about)
+        return self._exit(reading, layer, head, Reason.RETRIEVED, about)
 
-    def _reading(self, lookup: Lookup, found: Neighbours) -> _Reading:
+    def _reading(self, lookup: Lookup, found: Neighbours, vector: NDArray[np.float32]) -> _Reading:
         owner = int(np.searchsorted(self._ends, found.rows[0], side="right"))
-        choice = self._choice_for(lookup, self._names[owner])
-        rule = rule_named(choice.rule)
-        places = read_by(rule, biases_labels=bool(self._heads[owner]))
-        near = Neighbours(found.rows[: choice.k], found.distances[: choice.k])
-        skipped = lookup.min_layer - 1
-        evidence = self._evidence[near.rows][:, list(places.values()), skipped:]
-        return _Reading(owner, choice, rule, tuple(places), near, evidence, skipped)
+        name = self._names[owner]
+        index = self._indexes[name]
+        first = int(self._ends[owner]) - len(index)
+        own = (found.rows >= first) & (found.rows < self._ends[owner])
+        return _Reading(
+            name,
+            index,
+            self._choice_for(lookup, name),
+            self._is_plain(lookup, name),
+            found.rows[own] - first,
+            1 - found.distances[own],
+            vector,
+        )
 
-    def _choice_for(self, lookup: Lookup, name: str) -> RuleChoice:
-        """A task's choice with what the look-up asks for; another rule brings its own k."""
+    def _choice_for(self, lookup: Lookup, name: str) -> Choice:
         stored = self.choices[name]
-        rule = self.rule_for(name, lookup.rule)
-        k = stored.k if rule == stored.rule else rule_named(rule).k
-        quality = stored.quality if lookup.quality is None else lookup.quality
-        return replace(stored, rule=rule, k=lookup.k or k, quality=quality)
+        k = PUBLISHED_K if self._is_plain(lookup, name) else stored.k
+        return replace(
+            stored,
+            k=k if lookup.k is None else lookup.k,
+            budget=stored.budget if lookup.budget is None else lookup.budget,
+        )
 
-    def _chosen(self, reading: _Reading) -> tuple[int, str, int] | None:
-        """Exit layer at an exit point, head, and the layer that any point allowed would give."""
-        rule, evidence, skipped = reading.rule, reading.evidence, reading.skipped
-        distances = reading.near.distances
-        share = share_of(rule, reading.choice.fraction, reading.choice.quality)
-        chosen = decide(rule, evidence, distances, fraction=share)
-        if chosen is None:
-            return None
-        wanted = skipped + chosen[0]
+    def _is_plain(self, lookup: Lookup, name: str) -> bool:
+        heads = self._indexes[name].heads
+        return heads == ("plain",) or (lookup.head == "plain" and heads == ("probe",))
+
+    def _chosen(self, reading: _Reading, skipped: int) -> tuple[int, ExitHead, int]:
+        """Exit layer at an exit point, head, and the layer that any point allowed would give.
+
+        skipped: layers at the beginning after which nothing may leave.
+        """
+        if reading.is_plain:
+            wanted = self._published(reading)
+            if wanted != NO_EVIDENCE:
+                wanted = max(wanted, skipped + 1)
+            points = [point for point in self._exit_points if point >= wanted > NO_EVIDENCE]
+            return (points[0] if points else wanted), "plain", wanted
+        scores, budget = reading.expected[:, skipped:], reading.choice.budget
+        layer, head = (int(part) for part in shallowest(scores, budget))
+        if layer == NO_EVIDENCE:
+            return NO_EVIDENCE, "plain", NO_EVIDENCE
+        wanted = skipped + layer
         if self._exit_points and wanted not in self._exit_points:
             points = [point - skipped for point in self._exit_points if point > skipped]
-            chosen = decide(rule, evidence, distances, fraction=share, points=points)
-            assert chosen is not None
-        return skipped + chosen[0], reading.heads[chosen[1]], wanted
+            layer, head = (int(part) for part in shallowest(scores, budget, points))
+        return skipped + layer, reading.index.heads[head], wanted
 
-    def _is_far(self, owner: int, searched: tuple[str, ...], found: Neighbours) -> bool:
+    def _published(self, reading: _Reading) -> int:
+        k, probs = reading.choice.k, reading.index.plain_probs
+        if probs is None:
+            return NO_EVIDENCE
+        return int(published(probs[reading.rows[:k]], 1 - reading.similarities[:k]))
+
+    def _exit(
+        self,
+        reading: _Reading,
+        layer: int,
+        head: ExitHead,
+        reason: Reason,
+        about: Mapping[str, Any],
+    ) -> ExitDecision:
+        if head == "shortcut" and layer == self.num_layers:
+            head = "plain"
+        if head != "probe":
+            return ExitDecision(layer, self.num_layers, reason, head=head, **about)
+        fit = reading.index.fit
+        assert fit is not None, reading.task
+        layer = next(probed for probed in fit.layers if probed >= layer)
+        scores = fit.front_scores(layer, reading.vector, reading.log_vote)
+        return ExitDecision(
+            layer,
+            self.num_layers,
+            reason,
+            head="probe",
+            probe=f"{reading.task}/{layer}",
+            label_scores=tuple(scores.tolist()),
+            **about,
+        )
+
+    def _is_far(self, reading: _Reading, searched: tuple[str, ...], found: Neighbours) -> bool:
         """Whether the nearest rows say nothing of the prompt; see `FAR_NEIGHBOURS`."""
         judged = far_neighbours(sum(self.rows_by_task[name] for name in searched))
         close = found.distances[:judged].mean()
-        return bool(found.distances[0] > MIN_BOUND and close > self._bounds[owner])
+        return bool(found.distances[0] > MIN_BOUND and close > reading.index.distance_bound)
 
-    def _explanation(self, reading: _Reading) -> Explanation:
-        near = reading.near
-        scores = exit_scores(reading.rule, reading.evidence, near.distances).tolist()
-        # All tasks that are searched share their label words.
-        words = self.tasks[self._names[reading.owner]].label_words
+    def _explanation(self, reading: _Reading, min_layer: int) -> Explanation:
+        index, labels = reading.index, self.tasks[reading.task].labels
+        near = reading.rows[:EXPLAINED]
         told = tuple(
-            Neighbour(self._ids[row], distance, words[self._labels[row]] if words else None)
-            for row, distance in zip(near.rows, near.distances.tolist(), strict=True)
+            Neighbour(index.ids[row], 1 - similarity, labels[index.labels[row]] if labels else None)
+            for row, similarity in zip(near, reading.similarities.tolist(), strict=False)
         )
+        promised = reading.expected[:, min_layer - 1 :].tolist()
         return Explanation(
             told,
-            dict(zip(reading.heads, scores, strict=True)),
+            dict(zip(index.heads, promised, strict=True)),
             reading.choice,
-            self._bounds[reading.owner],
-            reading.skipped + 1,
+            index.distance_bound,
+            min_layer,
+            reading.certainty,
         )
-
-    def _label_bias(
-        self, name: str, layer: int, reading: _Reading, searched: tuple[str, ...]
-    ) -> tuple[float, ...]:
-        """What a head adds to the label words' logits, as it was made for the nearest row's task.
-
-        searched: the tasks that the rows are nearest of, whose label words are the same.
-        """
-        head = self._heads[reading.owner].get(cast(HeadName, name))
-        if head is None:
-            return ()
-        counts = np.sum([self._label_counts[task] for task in searched], axis=0)
-        near = reading.near
-        votes = log_votes(1 - near.distances.astype(np.float64), self._labels[near.rows], counts)
-        return tuple(head.label_bias(layer, votes).tolist())

@@ -6,23 +6,28 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raee_serve.records import ExitHead
+
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
     """What to look up for one prompt.
 
     candidates: names of the tasks it may belong to, one or more; rows of all of them are searched.
-    key_text: what the prompt says in the template's slot. k, rule, quality: None for the defaults.
-    min_layer: 1..num_layers; the rule reads no layer before it. explain: say why.
+    key_text: the text in the template's slot. k, budget: None for the task's own.
+    head: "plain" for a label task's LM head and the paper's rule; None for the task's own head.
+    min_layer: 1..num_layers; no exit before it is chosen. explain: say why.
+    exit_layer: the exit that was asked for, which nothing is to change; None to choose one.
     """
 
     candidates: tuple[str, ...]
     key_text: str
     k: int | None = None
-    rule: str | None = None
+    head: ExitHead | None = None
     min_layer: int = 1
     explain: bool = False
-    quality: float | None = None
+    budget: float | None = None
+    exit_layer: int | None = None
 
     @property
     def task(self) -> str | None:

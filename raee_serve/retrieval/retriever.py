@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from raee_serve.errors import TableError
 from raee_serve.exit_points import checked_points
+from raee_serve.exits.fit import TaskFit, probe_set
 from raee_serve.fingerprint import BackboneIdentity
-from raee_serve.records import ExitDecision
+from raee_serve.records import ExitDecision, ExitHead
 from raee_serve.retrieval.cost import LookupCost
 from raee_serve.retrieval.decider import ExitDecider
 from raee_serve.retrieval.encoder import Encoder
@@ -25,13 +26,26 @@ from raee_serve.retrieval.vector_cache import Encodes, VectorCache
 from raee_serve.shortcuts import Shortcuts
 from raee_serve.table.schema import EncoderIdentity, TableMetadata
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import TASKS
 
 
 class KnowsItself(Encodes, Protocol):
     """An encoder that says which one it is, as `Encoder` does."""
 
     def identity(self) -> EncoderIdentity: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSet:
+    """The probes of a table's tasks, as workers take them. id: a digest of `packed`."""
+
+    id: str
+    packed: bytes
+
+    @classmethod
+    def of(cls, fits: Mapping[str, TaskFit]) -> ProbeSet | None:
+        """None without any fit."""
+        made = probe_set(fits)
+        return None if made is None else cls(*made)
 
 
 class ExitRetriever:
@@ -50,6 +64,7 @@ class ExitRetriever:
         metadata: TableMetadata,
         decider: ExitDecider,
         search: Search,
+        fits: Mapping[str, TaskFit | None],
         table_version: int,
         table_state: str,
     ) -> None:
@@ -61,13 +76,17 @@ class ExitRetriever:
         self._search = search
         self.searches_index = isinstance(search, IndexedSearch)
         self._decider = decider
-        self.rule_for = decider.rule_for
         self.choices, self.tasks = decider.choices, decider.tasks
         self.rows_by_task, self.num_layers = decider.rows_by_task, decider.num_layers
         self.num_rows = sum(self.rows_by_task.values())
-        self.label_token_ids: Mapping[str, tuple[int, ...]] = {
-            name: metadata.tasks[name].label_token_ids for name in self.tasks
+        self.heads: dict[str, ExitHead] = {
+            name: "plain" if fits[name] is None else "probe"
+            for name, task in self.tasks.items()
+            if task.kind == "labels"
         }
+        self.probe_set = ProbeSet.of({name: fit for name, fit in fits.items() if fit is not None})
+        ids = {name: metadata.tasks[name].plain_token_ids for name in self.heads}
+        self.plain_token_ids = {name: own for name, own in ids.items() if own}
 
     @classmethod
     def open(
@@ -77,9 +96,7 @@ class ExitRetriever:
         backbone: BackboneIdentity,
         encoder: str | KnowsItself | None = None,
         max_distance: float | None = None,
-        fraction: float | None = None,
-        vote_weight: float | None = None,
-        quality: float | None = None,
+        budget: float | None = None,
         shortcuts: Shortcuts | None = None,
         encoder_backend: str = DEFAULT_BACKEND,
         rows_in_memory_mb: float = ROWS_IN_MEMORY_MB,
@@ -90,26 +107,20 @@ class ExitRetriever:
 
         max_distance: mean cosine distance beyond which the nearest rows are far, for all tasks; by
         default each task has its own bound, see FAR_NEIGHBOURS.
-        fraction, vote_weight, quality: for all tasks; by default what `calibrate` stored, or the
-        defaults. shortcuts: those that the engine has.
+        budget: for all tasks; by default what `calibrate` stored, or the default. shortcuts: those
+        that the engine has.
         encoder_backend: see `Encoder`. rows_in_memory_mb: see ROWS_IN_MEMORY_MB; a larger table is
         searched through its index.
         old: a retriever whose encoder, with the vectors it remembers, is taken over as it is.
         exit_points: the layers at which exits are decided, see `exit_points`; none for any.
         Raises TableError if the table is missing, corrupt or empty, or large and without an index,
-        BindingError if it belongs to another backbone, encoder or prompt template or to other
-        shortcuts, CheckpointError if the encoder is missing.
+        BindingError if it belongs to another backbone or encoder or to other shortcuts,
+        CheckpointError if the encoder is missing.
         """
         table = ExitTable.open(uri)
         metadata = table.metadata
         metadata.check_backbone(backbone, uri)
         metadata.check_shortcuts(shortcuts, uri)
-        for name in metadata.tasks:
-            if name not in TASKS:
-                raise TableError(
-                    f"exit table {uri} holds an unknown task {name!r}; known: {', '.join(TASKS)}"
-                )
-            metadata.check_task(TASKS[name], uri)
         if old is not None:
             identity, cache = old.encoder_identity, old._encoder
             encoder_backend = old.encoder_backend
@@ -119,9 +130,9 @@ class ExitRetriever:
                 model = Encoder(model, backend=encoder_backend)
             identity, cache = model.identity(), VectorCache(model)
         metadata.check_encoder(identity, uri)
-        filled = [name for name in metadata.tasks if table.count(name)]
+        filled = [name for name in metadata.built if table.count(name)]
         if not filled:
-            raise TableError(f"exit table {uri} holds no rows; build it first")
+            raise TableError(f"exit table {uri} holds no task whose build has finished")
         in_memory = _fits(table, rows_in_memory_mb)
         indexes = {
             name: load_task(
@@ -129,9 +140,7 @@ class ExitRetriever:
                 name,
                 keep_vectors=in_memory,
                 max_distance=max_distance,
-                fraction=fraction,
-                vote_weight=vote_weight,
-                quality=quality,
+                budget=budget,
             )
             for name in filled
         }
@@ -140,16 +149,17 @@ class ExitRetriever:
         if exit_points:
             points = checked_points(exit_points, metadata.backbone.num_layers)
         decider = ExitDecider(metadata, indexes, points)
-        about = table.version, table.state
+        fits = {name: index.fit for name, index in indexes.items()}
+        about = fits, table.version, table.state
         return cls(cache, encoder_backend, metadata, decider, search, *about)
 
     def decide(self, lookups: Sequence[Lookup]) -> list[ExitDecision]:
         """One decision per look-up, in order; all key texts are embedded together.
 
-        Full depth where no exit keeps the quality asked for on any row (NO_EXIT; then the text is
-        embedded only to explain it), the nearest rows are too far (FAR) or no neighbour was
-        answered correctly (NO_EVIDENCE). `lookup_ms` is the time of the whole batch.
-        Raises RaeeError for k < 1, a quality outside (0, 1], an unknown rule or an unknown task.
+        Full depth where no exit reaches the budget on any row (NO_EXIT; then the text is
+        embedded only to explain it), the nearest rows are too far (FAR) or no exit
+        does well on any neighbour (NO_EVIDENCE). `lookup_ms` is the time of the whole batch.
+        Raises RaeeError for k < 1, a budget outside (0, 1] or an unknown task.
         """
         start = time.perf_counter()
         for lookup in lookups:
@@ -177,7 +187,7 @@ class ExitRetriever:
                 found = self._search.nearest(candidates, vectors[members], k)
             with cost.of("aggregate"):
                 for i, neighbours in zip(members, found, strict=True):
-                    decisions[i] = self._decider.decide(lookups[i], neighbours)
+                    decisions[i] = self._decider.decide(lookups[i], neighbours, vectors[i])
         return [decisions[i] for i in range(len(lookups))]
 
     def _encoded(self, lookups: Sequence[Lookup], cost: LookupCost) -> NDArray[np.float32]:

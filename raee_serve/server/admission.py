@@ -5,16 +5,23 @@ No I/O and no HTTP. What cannot be known here (the neighbours) is left as a `Loo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from raee_serve.records import ExitDecision, Reason
-from raee_serve.retrieval.aggregate import RULE_NAMES
+from raee_serve.errors import RaeeError
+from raee_serve.records import ExitDecision, ExitHead, Reason
 from raee_serve.retrieval.lookup import Lookup
-from raee_serve.server.limits import LabelOutputs, LabelTokens, OutputLimit
+from raee_serve.server.limits import AllowedLabels, LabelOutputs, OutputLimit, one_answer
 from raee_serve.server.options import OptionError, RaeeOptions, parse_options
-from raee_serve.server.prompts import Kind, TextPrompt, is_rendered_plainly, is_text, whole_text
+from raee_serve.server.prompts import (
+    Kind,
+    TextPrompt,
+    is_rendered_plainly,
+    is_text,
+    scores_prompt,
+    whole_text,
+)
 from raee_serve.server.valves import Valves
 from raee_serve.table.task import Task
 
@@ -23,16 +30,44 @@ from raee_serve.table.task import Task
 class Plan:
     """entries: one per prompt, in prompt order. body: what vLLM is to see.
 
-    label_tokens: for each task whose label words limit the output, and each of these words, the
-        first tokens with which it may be spelled.
-    is_choice: whether a grammar limits it, which also admits pieces of the words: a retrieved exit
-        is meaningful only if one of those tokens is sampled first.
+    labels: what may be answered, by label task, of those whose labels the output is limited to.
+    is_choice: whether a grammar limits it, which also admits pieces of the labels: an exit through
+        the LM head is meaningful only if the first token of one is sampled first.
+    probe_set: id of the probes that answer.
+    alone: probe for prompts without a look-up to go by; None unless the request names a label task
+        that is answered by probe.
+    is_greedy: the request states no temperature.
     """
 
     entries: tuple[ExitDecision | Lookup, ...]
     body: dict[str, Any]
-    label_tokens: Mapping[str, LabelTokens] = field(default_factory=dict)
+    labels: Mapping[str, AllowedLabels] = field(default_factory=dict)
     is_choice: bool = False
+    probe_set: str = ""
+    alone: str | None = None
+    is_greedy: bool = True
+
+    def without_look_up(self, decision: ExitDecision) -> ExitDecision:
+        """`decision`, or, where it names no probe and `alone` is to answer, full depth by that."""
+        if self.alone is None or decision.probe is not None:
+            return decision
+        task, layer = self.alone.rpartition("/")[0], decision.num_layers
+        return replace(decision, exit_layer=layer, task=task, head="probe", probe=self.alone)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a request asks for, of all its prompts.
+
+    heads: by label task the head that would answer; a task that cannot answer is not in it.
+    labels, alone: as in `Plan`. is_plain: prompts are rendered as the table's were.
+    """
+
+    options: RaeeOptions
+    heads: Mapping[str, ExitHead]
+    labels: Mapping[str, AllowedLabels]
+    alone: str | None
+    is_plain: bool
 
 
 @dataclass(frozen=True)
@@ -40,12 +75,13 @@ class Admission:
     """The rules by which requests get their exit layers.
 
     tasks: what the loaded table knows; empty without a table.
-    labels: outputs of those tasks that are label-word tasks.
+    labels: outputs of those tasks that are label tasks.
     fixed_layer: depth of every request that asks for none; None where look-ups decide.
-    k, rule: defaults for look-ups; None leaves them to the retriever.
+    k, head: defaults for look-ups; None leaves them to the retriever.
     served_names: what the backbone is called; any other model name is a LoRA adapter's.
     off: vanilla vLLM for everybody, whatever a request asks for.
     shortcut_layers: those at which the engine has shortcuts, ascending.
+    probe_set: id of the table's probes.
     """
 
     num_layers: int
@@ -53,11 +89,12 @@ class Admission:
     labels: Mapping[str, LabelOutputs] = field(default_factory=dict)
     fixed_layer: int | None = None
     k: int | None = None
-    rule: str | None = None
-    served_names: Collection[str] = ()
+    head: ExitHead | None = None
+    served_names: Sequence[str] = ()
     valves: Valves = field(default_factory=Valves)
     off: bool = False
     shortcut_layers: tuple[int, ...] = ()
+    probe_set: str = ""
 
     @property
     def default_layer(self) -> int:
@@ -74,9 +111,9 @@ class Admission:
             body.get("raee"),
             num_layers=self.num_layers,
             tasks=self.tasks,
-            rules=RULE_NAMES,
             shortcut_layers=self.shortcut_layers,
         )
+        self._check_head(options)
         least = self.valves.least_layer([options.task] if options.task else [])
         if options.exit_layer is not None and options.exit_layer < least:
             raise OptionError(
@@ -86,9 +123,27 @@ class Admission:
             )
         return options
 
+    def heads_of(self, task: str) -> tuple[ExitHead, ...]:
+        """The heads through which a task can leave, its own first."""
+        outputs = self.labels.get(task)
+        if outputs is None:
+            return ("plain", "shortcut") if self.shortcut_layers else ("plain",)
+        heads: list[ExitHead] = ["probe"] if outputs.is_fitted else []
+        heads += ["plain"] if outputs.plain_token_ids else []
+        return tuple(sorted(heads, key=lambda head: head != self.head))
+
+    def check_heads(self) -> None:
+        """Raises RaeeError for a `head` that is not every label task's."""
+        for name in self.labels:
+            if self.head is not None and self.head not in self.heads_of(name):
+                allowed = ", ".join(self.heads_of(name)) or "none, it cannot be served"
+                raise RaeeError(f"--head is {self.head}; allowed for the task {name!r}: {allowed}")
+
     def needs_text(self, options: RaeeOptions) -> bool:
         """Whether the prompts' texts bear on the plan."""
-        return not options.off and options.exit_layer is None and self.fixed_layer is None
+        if options.off or self.fixed_layer is not None:
+            return False
+        return options.exit_layer is None or bool(self.labels)
 
     def plan(
         self,
@@ -99,35 +154,51 @@ class Admission:
     ) -> Plan:
         """One entry per prompt, and the body without `raee` and with label limits set.
 
-        Naming a label-word task limits the output to its label words at any depth, unless the
-        client limited it already: then what the client wrote stands. `off` sets no limit either.
+        Naming a label task makes the answer one of its labels at any depth, unless the client
+        limited its output otherwise: then what the client wrote stands. `off` sets no limit either.
+        Raises OptionError for a probe that was asked for where none can answer.
         """
         body = {key: value for key, value in body.items() if key != "raee"}
         if options.off:
             return Plan((self._full(Reason.OFF, options.task),) * len(prompts), body)
-        limit = OutputLimit.of(body)
-        label = self.labels.get(options.task) if options.task else None
-        if label is not None and not limit.is_set:
-            body = label.impose(body)
-            limit = OutputLimit.of(body)
-        fixed = self.fixed_layer if options.exit_layer is None else options.exit_layer
-        if fixed is not None:
-            decision = ExitDecision(
-                fixed, self.num_layers, Reason.OVERRIDE, options.task, exit_head=options.exit_head
+        if self.fixed_layer is not None:
+            layer = options.exit_layer or self.fixed_layer
+            return Plan((self._override(layer, options),) * len(prompts), body)
+        vanilla = self._vanilla(body)
+        heads = self._heads(options, is_probe_allowed=not (vanilla or scores_prompt(body)))
+        body, alone = self._one_label(body, options.task, heads)
+        if vanilla and options.exit_layer is None:
+            return Plan((self._full(vanilla, options.task),) * len(prompts), body)
+        limit, is_plain = OutputLimit.of(body), is_rendered_plainly(kind, body)
+        labels = self._allowed(options.task, limit, heads) if alone or limit.is_set else {}
+        wish = _Wish(options, heads, labels, alone, is_plain)
+        return Plan(
+            tuple(self._entry(wish, prompt) for prompt in prompts),
+            body,
+            labels,
+            is_choice=bool(limit.spellings),
+            probe_set=self.probe_set,
+            alone=alone,
+            is_greedy=body.get("temperature") is None,
+        )
+
+    def _check_head(self, options: RaeeOptions) -> None:
+        """Raises OptionError for a head that the named task does not have."""
+        allowed = self.heads_of(options.task) if options.task else ()
+        if options.task and options.head and options.head not in allowed:
+            raise OptionError(
+                "raee.head",
+                f"raee.head is {options.head!r}; allowed for the task {options.task!r}: "
+                f"{', '.join(allowed) or 'none'}",
             )
-            return Plan((decision,) * len(prompts), body)
+
+    def _vanilla(self, body: dict[str, Any]) -> Reason | None:
+        """Why no prompt of a body may exit early, if so."""
         if self._is_adapter(body.get("model")):
-            return Plan((self._full(Reason.ADAPTER, options.task),) * len(prompts), body)
+            return Reason.ADAPTER
         if body.get("use_beam_search"):  # vLLM's beam search heeds no limit on the output
-            return Plan((self._full(Reason.UNCONSTRAINED, options.task),) * len(prompts), body)
-        plain = is_rendered_plainly(kind, body)
-        entries = tuple(self._entry(options, limit, prompt, plain) for prompt in prompts)
-        tokens = {
-            name: label.tokens_under(limit)
-            for name, label in self.labels.items()
-            if label.allow_all_of(limit)
-        }
-        return Plan(entries, body, tokens, bool(limit.choices))
+            return Reason.UNCONSTRAINED
+        return None
 
     def _is_adapter(self, model: Any) -> bool:
         """Whether a body's model is not the backbone; vLLM takes an empty name for it, and refuses
@@ -136,30 +207,87 @@ class Admission:
             return False
         return bool(model) and model not in self.served_names
 
-    def _entry(
-        self, options: RaeeOptions, limit: OutputLimit, prompt: TextPrompt, plain: bool
-    ) -> ExitDecision | Lookup:
+    def _heads(self, options: RaeeOptions, *, is_probe_allowed: bool) -> dict[str, ExitHead]:
+        """See `_Wish`. Behind a shortcut labels are the LM head's matter, as they are without."""
+        heads: dict[str, ExitHead] = {}
+        for name, outputs in self.labels.items():
+            wanted = options.head or next(iter(self.heads_of(name)), None)
+            if wanted == "probe":
+                if outputs.is_fitted and is_probe_allowed:
+                    heads[name] = "probe"
+            elif outputs.plain_token_ids:
+                heads[name] = "plain"
+        return heads
+
+    def _one_label(
+        self, body: dict[str, Any], task: str | None, heads: Mapping[str, ExitHead]
+    ) -> tuple[dict[str, Any], str | None]:
+        """A body whose answer is one label of the named task, if it is a label task, and the probe
+        that answers without a look-up (`Plan.alone`)."""
+        outputs = self.labels.get(task) if task else None
+        if outputs is None:
+            return body, None
+        limit = OutputLimit.of(body)
+        if heads.get(task or "") == "probe":
+            fits = outputs.under(limit) is not None
+            return (one_answer(body), f"{task}/alone") if fits else (body, None)
+        if limit.is_set or scores_prompt(body):
+            return body, None
+        return outputs.impose(body), None
+
+    def _allowed(
+        self, task: str | None, limit: OutputLimit, heads: Mapping[str, ExitHead]
+    ) -> dict[str, AllowedLabels]:
+        """What `limit` lets label tasks answer, of the named one or of all."""
+        names = [name for name in heads if task in (None, name)]
+        allowed = {name: self.labels[name].under(limit) for name in names}
+        return {name: labels for name, labels in allowed.items() if labels is not None}
+
+    def _entry(self, wish: _Wish, prompt: TextPrompt) -> ExitDecision | Lookup:
+        options = wish.options
         matches = self._named(options.task, prompt) if options.task else {}
-        if not options.task and plain and prompt is not None:
+        if not options.task and wish.is_plain and prompt is not None:
             matches = self._matching(prompt)
+        candidates = self._candidates(list(matches), wish)
+        by_probe = bool(candidates) and wish.heads.get(candidates[0]) == "probe"
+        if options.exit_layer is not None and not (by_probe or wish.alone):
+            return self._override(options.exit_layer, options)
         if not matches:
             return self._full(Reason.UNMATCHED, options.task)
-        candidates = self._candidates(list(matches), limit)
         if not candidates:
             only = next(iter(matches)) if len(matches) == 1 else None
             return self._full(Reason.UNCONSTRAINED, only)
         key = matches[candidates[0]]
         if not is_text(key):
             return self._full(Reason.ERROR, options.task)
+        same = tuple(name for name in candidates if matches[name] == key)
+        return self._lookup(wish, same, key)
+
+    def _lookup(self, wish: _Wish, candidates: tuple[str, ...], key: str) -> Lookup:
+        options = wish.options
+        head = wish.heads.get(candidates[0], options.head)
         return Lookup(
-            candidates=tuple(name for name in candidates if matches[name] == key),
+            candidates=candidates,
             key_text=key,
             k=options.k or self.k,
-            rule=options.rule or self.rule,
+            head="plain" if head == "plain" else None,
             min_layer=self.valves.least_layer(candidates),
             explain=options.explain,
-            quality=options.quality,
+            budget=options.budget,
+            exit_layer=options.exit_layer,
         )
+
+    def _override(self, layer: int, options: RaeeOptions) -> ExitDecision:
+        """At a depth that was asked for, without a look-up. Raises OptionError for a probe."""
+        head = options.head or "plain"
+        if head == "probe":
+            fitted = [name for name, outputs in self.labels.items() if outputs.is_fitted]
+            raise OptionError(
+                "raee.head",
+                "raee.head is 'probe', and no probe can answer a prompt of this request; allowed: "
+                f"with raee.task, one of {', '.join(sorted(fitted)) or 'none on this server'}",
+            )
+        return ExitDecision(layer, self.num_layers, Reason.OVERRIDE, options.task, head=head)
 
     def _named(self, name: str, prompt: TextPrompt) -> dict[str, str]:
         """The named task and its key: what fills the template, else the prompt as a whole."""
@@ -172,21 +300,23 @@ class Admission:
         """Tasks whose template the prompt was rendered from, with the text that fills it."""
         return {name: key for name, task in self.tasks.items() if (key := task.match(prompt))}
 
-    def _candidates(self, names: Sequence[str], limit: OutputLimit) -> list[str]:
-        """The tasks to search together: free text, or label words that the output is limited to.
+    def _candidates(self, names: Sequence[str], wish: _Wish) -> list[str]:
+        """The tasks to search together: free text, or labels that the output is limited to.
 
-        Several tasks may share a template. Those whose label words are exactly the limit come
-        first, and only tasks with the same label words are searched together, for only their
-        rows' exit information can be compared.
+        Several tasks may share a template. Those whose labels are exactly the limit come first, and
+        only tasks with the same labels and head are searched together, for only their rows' exit
+        information can be compared.
         """
-        limited = [
-            name for name in names if name in self.labels and self.labels[name].allow_all_of(limit)
-        ]
-        if limited:
-            exact = [name for name in limited if self.labels[name].equal(limit)]
-            words = self.labels[(exact or limited)[0]].words
-            return [name for name in limited if self.labels[name].words == words]
-        return [name for name in names if name not in self.labels]
+        limited = [name for name in names if name in wish.labels]
+        if not limited:
+            return [name for name in names if name not in self.labels]
+        exact = [name for name in limited if None not in wish.labels[name].written]
+        first = (exact or limited)[0]
+
+        def kind(name: str) -> tuple[tuple[str, ...], ExitHead]:
+            return wish.labels[name].names, wish.heads[name]
+
+        return [name for name in limited if kind(name) == kind(first)]
 
     def _full(self, reason: Reason, task: str | None) -> ExitDecision:
         return ExitDecision.full(self.num_layers, reason, task=task)

@@ -11,25 +11,27 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from raee_serve.records import ExitHead
+from raee_serve.server.label_answers import LabelAnswer, Probabilities
 from raee_serve.server.loops import LoopGuard
 from raee_serve.server.sampling import Rerun
 
 
 @dataclass(frozen=True, slots=True)
 class PromptDepth:
-    """exit_layer: 1..num_layers. token_bias: (token id, what is added to its logit).
+    """exit_layer: 1..num_layers.
 
-    exit_head: what turns the state after the exit layer into logits.
+    head: what turns the state after the exit layer into logits; of no account beside `answer`.
+    answer: the label that a probe is to tell; None where the LM head answers.
     first_tokens: of which one is to be sampled first; empty: any.
     comparison: how it runs once more, after its answer, if it is drawn; None: never.
     guard: how its output is watched for loops; None: not at all.
     """
 
     exit_layer: int
-    token_bias: tuple[tuple[int, float], ...] = ()
+    head: ExitHead = "plain"
+    answer: LabelAnswer | None = None
     first_tokens: tuple[int, ...] = ()
     comparison: Comparison | None = None
-    exit_head: ExitHead = "plain"
     guard: LoopGuard | None = None
 
 
@@ -49,6 +51,7 @@ class RequestDepths:
 
     reruns: of the drawn prompts that were answered in full; the engine client adds to it.
     restarted: positions of the prompts that looped and are answered at full depth; likewise.
+    labels: by position the probabilities of the labels, where the engine told some; likewise.
     """
 
     def __init__(self, depths: Sequence[PromptDepth]) -> None:
@@ -57,6 +60,7 @@ class RequestDepths:
         self._given = 0
         self.reruns: list[Rerun] = []
         self.restarted: set[int] = set()
+        self.labels: dict[int, Probabilities] = {}
 
     def take(self) -> tuple[int, PromptDepth | None]:
         """Position and depth of the next prompt; None once every prompt has had its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator, Callable
@@ -14,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from raee_serve.engine.settings import at_exit
 from raee_serve.server.depths import PromptDepth, RequestDepths, current_depths
 from raee_serve.server.gate import Gate
+from raee_serve.server.label_answers import as_labels
 from raee_serve.server.limits import with_first_tokens
 from raee_serve.server.loop_guard import Start, watches, without_loops
 from raee_serve.server.sampling import Answer, Rerun
@@ -82,11 +84,12 @@ class DepthClient:
         outputs = self._outputs(start, sampling_params, depth, depths, position)
         if depth.comparison is None:
             return outputs
-        if self.gate.sampler is None or not self.gate.sampler.draws(sampling_params):
+        sampler = self.gate.sampler
+        if sampler is None or not sampler.draws(self._own(sampling_params, depth)):
             return outputs
-        again = once_more(sampling_params, depth.comparison.depth)
         kwargs["trace_headers"] = None  # no part of the client's trace
-        other = partial(self._engine.generate, prompt, again, f"raee-{uuid.uuid4()}", **kwargs)
+        anew = partial(self._engine.generate, prompt, request_id=f"raee-{uuid.uuid4()}", **kwargs)
+        other = partial(self._once_more, anew, sampling_params, depth.comparison.depth)
         is_delta = sampling_params.output_kind is RequestOutputKind.DELTA
         task = depth.comparison.task
         return _noting(outputs, Answer(is_delta=is_delta), depths, partial(Rerun, task, other))
@@ -99,8 +102,11 @@ class DepthClient:
         depths: RequestDepths,
         position: int,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Of the prompt at this position, under its loop guard if it has one."""
-        own, guard = at_depth(params, depth), depth.guard
+        """Of the prompt at this position: its label, or under its loop guard if it has one."""
+        own, guard, answer = self._own(params, depth), depth.guard, depth.answer
+        if answer is not None:
+            note = partial(depths.labels.__setitem__, position)
+            return as_labels(start(own), answer, params.num_logprobs, note)
         if guard is None or not watches(guard, own):
             return start(own)
 
@@ -110,6 +116,25 @@ class DepthClient:
 
         full = at_depth(params, self._full)
         return without_loops(start, own, full, guard.window, note_restart)
+
+    def _once_more(
+        self, start: Start, params: SamplingParams, depth: PromptDepth
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """A second run, of which only the first completion's tokens count."""
+        again = copy.copy(params)
+        again.n, again.logprobs, again.prompt_logprobs = 1, None, None
+        again.output_kind = RequestOutputKind.FINAL_ONLY
+        outputs = start(self._own(again, depth))
+        if depth.answer is None:
+            return outputs
+        return as_labels(outputs, depth.answer, None, lambda _: None)
+
+    def _own(self, params: SamplingParams, depth: PromptDepth) -> SamplingParams:
+        """What to ask of the engine for a prompt at this depth."""
+        if depth.answer is None:
+            return at_depth(params, depth)
+        most = self._engine.vllm_config.model_config.max_logprobs
+        return depth.answer.params(params, depth.exit_layer, most)
 
 
 async def _noting(
@@ -126,20 +151,9 @@ async def _noting(
     depths.reruns.append(rerun(answer.tokens))
 
 
-def once_more(params: SamplingParams, depth: PromptDepth) -> SamplingParams:
-    """What to ask for in a second run, of which only the first completion's tokens count."""
-    own = at_depth(params, depth)
-    own.n, own.logprobs, own.prompt_logprobs = 1, None, None
-    own.output_kind = RequestOutputKind.FINAL_ONLY
-    return own
-
-
 def at_depth(params: SamplingParams, depth: PromptDepth) -> SamplingParams:
-    """A copy of `params` at this depth, see `at_exit`."""
-    own = at_exit(params, depth.exit_layer, depth.exit_head)
-    if depth.token_bias or depth.first_tokens:
-        bias = dict(params.logit_bias or {})
-        for token, value in depth.token_bias:
-            bias[token] = bias.get(token, 0.0) + value
-        own.logit_bias = with_first_tokens(bias, depth.first_tokens)
+    """A copy of `params` at this depth, where the LM head answers."""
+    own = at_exit(params, depth.exit_layer, depth.head)
+    if depth.first_tokens:
+        own.logit_bias = with_first_tokens(params.logit_bias or {}, depth.first_tokens)
     return own

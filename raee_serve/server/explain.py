@@ -7,7 +7,7 @@ the JSON of a whole answer, and into the first chunk of a streamed one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,6 +18,7 @@ from starlette.types import Message, Send
 from raee_serve import __version__
 from raee_serve.explanation import Explanation
 from raee_serve.records import ExitDecision
+from raee_serve.server.label_answers import Probabilities
 
 DECIMALS = 6
 
@@ -26,28 +27,36 @@ def raee_object(
     decisions: Sequence[ExitDecision],
     table_version: int | None,
     restarted: Collection[int] = (),
+    labels: Mapping[int, Probabilities] | None = None,
 ) -> dict[str, Any]:
     """prompts: one per prompt, in prompt order. versions: of what decided.
 
     restarted: positions of the prompts whose early answer looped, so that it is full depth's; of
         prompts that were decided as one, beyond the last.
+    labels: by position what the chosen exit says of the labels, as far as that is known. Of a
+        stream it is told in its first chunk, when other prompts of a list may have no answer yet.
     """
-    prompts = [_of_prompt(decision) for decision in decisions]
+    prompts = [of_prompt(decision) for decision in decisions]
     for position in restarted:
         prompts[min(position, len(prompts) - 1)]["restarted"] = True
+    for position, probabilities in (labels or {}).items():
+        prompts[position]["labels"] = rounded(probabilities)
     return {
         "prompts": prompts,
         "versions": {"raee-serve": __version__, "vllm": _vllm_version(), "table": table_version},
     }
 
 
-def _of_prompt(decision: ExitDecision) -> dict[str, Any]:
+def rounded(probabilities: Probabilities) -> dict[str, float]:
+    return {label: round(p, DECIMALS) for label, p in probabilities.items()}
+
+
+def of_prompt(decision: ExitDecision) -> dict[str, Any]:
     stated: dict[str, Any] = {
         "exit_layer": decision.exit_layer,
         "num_layers": decision.num_layers,
         "reason": decision.reason.value,
         "task": decision.task,
-        "exit_head": decision.exit_head,
         "head": decision.head,
         "distance": None if decision.distance is None else round(decision.distance, DECIMALS),
         "lookup_ms": round(decision.lookup_ms, 1),
@@ -60,25 +69,23 @@ def _of_prompt(decision: ExitDecision) -> dict[str, Any]:
 
 
 def _of_explanation(explanation: Explanation) -> dict[str, Any]:
-    choice = explanation.choice
+    certainty = explanation.certainty
     before = [0.0] * (explanation.min_layer - 1)
     return {
-        "rule": {
-            "name": choice.rule,
-            "k": choice.k,
-            "fraction": choice.fraction,
-            "vote_weight": choice.vote_weight,
-            "quality": choice.quality,
+        "choice": {
+            "k": explanation.choice.k,
+            "budget": explanation.choice.budget,
             "max_distance": round(explanation.max_distance, DECIMALS),
             "min_exit_layer": explanation.min_layer,
         },
+        "certainty": None if certainty is None else round(certainty, DECIMALS),
         "neighbours": [
             {"id": row.id, "distance": round(row.distance, DECIMALS), "label": row.label}
             for row in explanation.neighbours
         ],
-        "exits": {
-            head: before + [round(score, DECIMALS) for score in scores]
-            for head, scores in explanation.scores.items()
+        "expected": {
+            head: before + [round(share, DECIMALS) for share in shares]
+            for head, shares in explanation.expected.items()
         },
     }
 

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from raee_serve.errors import TaskError
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.access import Access
 from raee_serve.server.admission import Admission, Plan
 from raee_serve.server.depths import Comparison, PromptDepth
+from raee_serve.server.label_answers import LabelAnswer
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.options import OptionError, RaeeOptions, RequestError
+from raee_serve.server.probe_sets import ProbeSets
 from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, TokenIds, read_prompts
 from raee_serve.server.reload import Snapshot, TableReloader
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.valves import Valves, in_shadow
+from raee_serve.table.prompts import Rendered
+
+if TYPE_CHECKING:
+    from raee_serve.retrieval.retriever import ProbeSet
 
 Detokenize = Callable[[Sequence[int]], str]
+Encode = Callable[[Rendered], list[int]]
+
+
+def _no_tokenizer(_: Rendered) -> list[int]:
+    raise TaskError("this server has no tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +56,49 @@ class Admitted:
     @property
     def decisions(self) -> tuple[ExitDecision, ...]:
         """What is run, and why."""
-        return tuple(map(in_shadow, self.decided)) if self.valves.shadow else self.decided
+        if not self.valves.shadow:
+            return self.decided
+        return tuple(in_shadow(decision, self.plan.alone) for decision in self.decided)
 
-    @property
-    def depths(self) -> list[PromptDepth]:
-        """How each prompt is to run, in prompt order."""
-        return [self._prompt_depth(decision) for decision in self.decided]
+    def depths(self, *, wants_labels: bool = False) -> list[PromptDepth]:
+        """How each prompt is to run, in prompt order.
 
-    def _prompt_depth(self, decision: ExitDecision) -> PromptDepth:
+        wants_labels: whether the engine is to tell the probabilities of all labels.
+        """
+        return [self._prompt_depth(decision, wants_labels) for decision in self.decided]
+
+    def _prompt_depth(self, decision: ExitDecision, wants_labels: bool) -> PromptDepth:
         """A prompt's depth, its guard, and the other depth where there are two: decided and full.
 
         Beam search has neither: it runs many generations of one token a prompt.
         """
-        decided, full = self._depth(decision), PromptDepth(decision.num_layers)
+        at_full = ExitDecision.full(decision.num_layers, decision.reason, task=decision.task)
+        full = self._depth(self.plan.without_look_up(at_full), wants_labels)
+        decided = self._depth(decision, wants_labels)
         run, other = (full, decided) if self.valves.shadow else (decided, full)
         if run == other or self.plan.body.get("use_beam_search"):
             return run
-        is_free = decision.task not in self.plan.label_tokens
+        is_free = decision.task not in self.plan.labels
         guard = self.valves.guard(decision, self.options.loop_guard, is_free)
         return replace(run, comparison=Comparison(other, decision.task or "-"), guard=guard)
 
-    def _depth(self, decision: ExitDecision) -> PromptDepth:
-        words = self.plan.label_tokens.get(decision.task or "", ())
-        if decision.reason is not Reason.RETRIEVED or not words:
-            return PromptDepth(decision.exit_layer, exit_head=decision.exit_head)
-        bias: tuple[tuple[int, float], ...] = ()
-        if decision.label_bias:
-            pairs = zip(words, decision.label_bias, strict=True)
-            bias = tuple((token, value) for tokens, value in pairs for token in tokens)
-        steers = self.plan.is_choice and (bool(bias) or not decision.is_full)
-        first = tuple(sorted(token for tokens in words for token in tokens)) if steers else ()
-        return PromptDepth(decision.exit_layer, bias, first, exit_head=decision.exit_head)
+    def _depth(self, decision: ExitDecision, wants_labels: bool) -> PromptDepth:
+        labels, first_tokens = self.plan.labels.get(decision.task or ""), ()
+        if decision.probe is not None:
+            assert labels is not None
+            answer = LabelAnswer(
+                labels,
+                self.plan.probe_set,
+                decision.probe,
+                decision.label_scores,
+                self.plan.is_greedy,
+                wants_labels,
+            )
+            return PromptDepth(decision.exit_layer, decision.head, answer)
+        is_early = decision.reason is Reason.RETRIEVED and not decision.is_full
+        if is_early and labels is not None and self.plan.is_choice:
+            first_tokens = labels.first_tokens
+        return PromptDepth(decision.exit_layer, decision.head, first_tokens=first_tokens)
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,8 @@ class Gate:
     """lookups, snapshot, reloader: None where a fixed depth leaves nothing to look up.
 
     sampler: None unless a share of the prompts runs at both depths.
+    probe_set: the table's probes; None without any. probes: those that the engine holds.
+    encode: a rendered prompt as the tokens that vLLM makes of it. Raises RaeeError.
     has_chat_template: whether the server can take chats.
     """
 
@@ -92,6 +119,9 @@ class Gate:
     sampler: FullDepthSampler | None = None
     snapshot: Snapshot | None = None
     reloader: TableReloader | None = None
+    probe_set: ProbeSet | None = None
+    probes: ProbeSets = field(default_factory=ProbeSets)
+    encode: Encode = _no_tokenizer
     has_chat_template: bool = False
 
     @property
@@ -119,6 +149,16 @@ class Gate:
             kind, body, replace(options, explain=self.access.allows("explain"))
         )
 
+    async def admit_rendered(
+        self, kind: Kind, body: dict[str, Any], prompts: Sequence[Rendered]
+    ) -> Admitted:
+        """As `admit`, of prompts that are not in the body."""
+        return await self._planned(kind, body, self._options(body), prompts)
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Within it the probes of this gate stay loaded."""
+        return self.probes.in_use(self.admission.probe_set)
+
     async def _admitted(
         self, kind: Kind, body: dict[str, Any], options: RaeeOptions
     ) -> Admitted | None:
@@ -134,8 +174,17 @@ class Gate:
         prompts: Sequence[TextPrompt] = [None] * len(raw)
         if self.admission.needs_text(options):
             prompts = await self._texts(raw)
+        return await self._planned(kind, body, options, prompts)
+
+    async def _planned(
+        self,
+        kind: Kind,
+        body: dict[str, Any],
+        options: RaeeOptions,
+        prompts: Sequence[TextPrompt],
+    ) -> Admitted:
         plan = self.admission.plan(kind, body, options, prompts)
-        decided = await self._decided(plan.entries)
+        decided = tuple(map(plan.without_look_up, await self._decided(plan.entries)))
         return Admitted(decided, plan, self.admission.valves, options)
 
     def close(self) -> None:

@@ -50,35 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=int, help="neighbours to look up")
     parser.add_argument(
-        "--rule",
-        help="how an exit is chosen: stacked (default for label words), fused, "
-        "calibrated, earliest, published; quality (default for free text, and for it alone)",
+        "--head",
+        metavar="NAME",
+        help="what answers label tasks: probe, a classifier that build fitted to the layer, or "
+        "plain, the model's own LM head, as in the paper (default: probe where there is one)",
     )
     parser.add_argument(
-        "--quality",
+        "--budget",
         type=float,
         metavar="X",
-        help="free text takes the earliest exit that keeps this share of full depth's quality, as "
-        "the nearest rows tell it (default: as calibrated, else 0.95)",
+        help="take the shallowest exit whose expected quality is at least this share of the best "
+        "exit's (default: as calibrated, for each task)",
     )
     parser.add_argument(
         "--shortcuts-file",
         metavar="FILE",
         help="exit shortcuts (default: those in the table's directory, if there are any)",
-    )
-    parser.add_argument(
-        "--fraction",
-        type=float,
-        metavar="F",
-        help="take the earliest layer whose score is at least F of the best layer's "
-        "(default: as calibrated, else 0.95)",
-    )
-    parser.add_argument(
-        "--vote-weight",
-        type=float,
-        metavar="W",
-        help="weight of the neighbours' labels beside the model's own answer in fused exits "
-        "(default: as calibrated, else 2)",
     )
     parser.add_argument(
         "--max-distance",
@@ -129,15 +116,13 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         exit_layer="full" if neither and is_off() else args.exit_layer,
         encoder=args.encoder,
         k=args.k,
-        rule=args.rule,
+        head=args.head,
+        budget=args.budget,
         max_distance=args.max_distance,
         lookup_timeout_ms=args.lookup_timeout_ms,
-        fraction=args.fraction,
-        vote_weight=args.vote_weight,
         watch_table=args.watch_table,
         encoder_backend=args.encoder_backend,
         rows_in_memory_mb=args.rows_in_memory,
-        quality=args.quality,
         shortcuts_file=args.shortcuts_file,
     )
     settings = replace(settings, exit_points=_exit_points(args.exit_points, settings))
@@ -153,6 +138,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     vllm_server.prefer_native_dtype(serve_args)
     name, backbone = serve_args.model_tag, _backbone(serve_args)
     gate = _gate(serve_args, backbone, settings, safety, surface)
+    vllm_server.allow_logprobs(serve_args, gate)
     _tell(name, backbone, vllm_server.size_kv_cache(serve_args))
     uvloop.run(vllm_server.serve(serve_args, gate, settings.watch_table))
 

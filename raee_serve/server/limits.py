@@ -1,23 +1,28 @@
-"""Limits on a request's output, and a task's label words as such a limit.
-
-An exit before full depth is meaningful for a label-word task only while nothing but its label
-words can be sampled: elsewhere the early layers of a plain backbone give noise.
-"""
+"""Limits on a request's output, and what a label task may answer under them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from raee_serve.errors import BindingError
+from raee_serve.errors import BindingError, TaskError
 from raee_serve.table.task import Task, answer_token_ids, prompt_text
 
 MAX_BIAS = 100.0
 """Largest `logit_bias` vLLM applies; greater ones are clipped to it."""
 
-LabelTokens = tuple[tuple[int, ...], ...]
-"""For each label word the first tokens with which an output may spell it."""
+LENGTHS = (
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "bad_words",
+    "ignore_eos",
+)
+"""Fields that say where an answer ends, or what is not in it. An answer that is one label of a
+named task ends where the label does, so client libraries may fill in what they like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +30,13 @@ class OutputLimit:
     """What a body lets the model say.
 
     spellings: strings of `structured_outputs.choice`; empty if not limited so.
-    token_ids: `allowed_token_ids`; None if not limited so.
+    token_ids: `allowed_token_ids`; empty if not limited so.
     is_set: whether the body limits its output in any way, these or others.
     """
 
-    spellings: frozenset[str]
-    token_ids: frozenset[int] | None
+    spellings: tuple[str, ...]
+    token_ids: frozenset[int]
     is_set: bool
-
-    @property
-    def choices(self) -> frozenset[str]:
-        """The choices as words: without a leading space."""
-        return frozenset(spelling.removeprefix(" ") for spelling in self.spellings)
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> OutputLimit:
@@ -45,80 +45,113 @@ class OutputLimit:
         token_ids = body.get("allowed_token_ids")
         return cls(
             # Both take the place of structured_outputs in vLLM.
-            spellings=frozenset() if is_replaced else _choices(structured),
+            spellings=() if is_replaced else _choices(structured),
             token_ids=_token_ids(token_ids),
             is_set=is_replaced or structured is not None or token_ids is not None,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class LabelOutputs:
-    """The outputs of a label-word task.
+class Written(NamedTuple):
+    """A label as it stands in an output."""
 
-    words: label words, in label order.
-    texts: the words as they continue a prompt (" great" after text, "great" in a chat).
-    token_ids: first token of each text; all different.
-    single_token: whether every text is that one token.
-    spellings: first token of each word with and without a space before it.
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AllowedLabels:
+    """The labels that one request may be answered with.
+
+    names: all labels of the task, in label order.
+    written: each label as the request wants it written; None for a label that it excludes.
     """
 
-    words: tuple[str, ...]
-    texts: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    single_token: bool
-    spellings: Mapping[str, int]
+    names: tuple[str, ...]
+    written: tuple[Written | None, ...]
+
+    @property
+    def first_tokens(self) -> tuple[int, ...]:
+        """The tokens that an answer may begin with, ascending."""
+        return tuple(sorted({label.token_ids[0] for label in self.written if label is not None}))
+
+
+@dataclass(frozen=True, slots=True)
+class LabelOutputs:
+    """The outputs of a label task under the server's tokenizer.
+
+    names: its labels, in label order.
+    own: each label as it continues a prompt (" great" after text, "great" in a chat).
+    spellings: by text the place and the tokens of a label, with and without a space before it.
+    plain_token_ids: first token of each label where all of these differ; else the LM head cannot
+        tell the labels apart, and this is empty.
+    is_fitted: whether the table has probes for the task.
+    """
+
+    names: tuple[str, ...]
+    own: tuple[Written, ...]
+    spellings: Mapping[str, tuple[int, Written]]
+    plain_token_ids: tuple[int, ...]
+    is_fitted: bool
 
     @classmethod
-    def of(cls, task: Task, table_ids: Sequence[int], tokenizer: Any) -> LabelOutputs:
-        """The outputs of `task` under the server's tokenizer.
+    def of(
+        cls, task: Task, table_ids: Sequence[int], tokenizer: Any, is_fitted: bool
+    ) -> LabelOutputs:
+        """table_ids: the plain token ids that the table was built with, if it has any.
 
-        table_ids: the label tokens the table was built with; BindingError unless they agree.
+        Raises BindingError where the tokenizer gives others.
         """
-        token_ids = task.label_token_ids(tokenizer)
-        if token_ids != tuple(table_ids):
+        prompt = prompt_text(tokenizer, task.render("a text"))
+        own = tuple(_written(tokenizer, text, prompt) for text in task.label_texts())
+        plain_ids = tuple(label.token_ids[0] for label in own)
+        if table_ids and plain_ids != tuple(table_ids):
             raise BindingError(
                 f"task {task.name}: the table was built with label tokens {tuple(table_ids)}, "
-                f"the server's tokenizer gives {token_ids}; serve with the table's tokenizer"
+                f"the server's tokenizer gives {plain_ids}; serve with the table's tokenizer"
             )
-        prompt = prompt_text(tokenizer, task.render("a text"))
-        texts = task.label_texts()
-        return cls(
-            words=task.label_words,
-            texts=texts,
-            token_ids=token_ids,
-            single_token=all(len(answer_token_ids(tokenizer, prompt, t)) == 1 for t in texts),
-            spellings=_spellings(tokenizer, task.label_words)
-            | dict(zip(texts, token_ids, strict=True)),
-        )
+        spellings = {
+            text: (place, _written(tokenizer, text))
+            for place, name in enumerate(task.labels)
+            for text in (name, f" {name}")
+        }
+        spellings |= {label.text: (place, label) for place, label in enumerate(own)}
+        return cls(task.labels, own, spellings, tuple(table_ids), is_fitted)
 
-    def allow_all_of(self, limit: OutputLimit) -> bool:
-        """Whether a limited output can be nothing but label words."""
-        return _within(limit.choices, self.words) or _within(limit.token_ids, self.token_ids)
+    def under(self, limit: OutputLimit) -> AllowedLabels | None:
+        """The labels that `limit` allows, written as it asks; None where it allows anything else.
 
-    def equal(self, limit: OutputLimit) -> bool:
-        """Whether the limit is exactly this task's label words."""
-        return limit.choices == set(self.words) or limit.token_ids == set(self.token_ids)
+        A label that may be written in several ways is written as it is without a limit.
+        """
+        if not limit.is_set:
+            return AllowedLabels(self.names, self.own)
+        if bool(limit.spellings) == bool(limit.token_ids):  # neither is there, or both are
+            return None
+        texts = set(limit.spellings)
+        if limit.token_ids:
+            known = zip(self.plain_token_ids, self.own, strict=False)
+            texts = {label.text for token, label in known if token in limit.token_ids}
+        if len(texts) < len(limit.token_ids) or not texts.issubset(self.spellings):
+            return None
+        written = dict(self.spellings[text] for text in texts)
+        written |= {n: label for n, label in enumerate(self.own) if label.text in texts}
+        return AllowedLabels(self.names, tuple(map(written.get, range(len(self.own)))))
 
     def impose(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A copy of an unlimited body whose output is limited to the label words."""
-        if self.single_token:
-            return _with_max_tokens(body | {"allowed_token_ids": list(self.token_ids)}, 1)
-        limited = body | {
-            "structured_outputs": {"choice": list(self.texts)},
-            "logit_bias": _biased(body.get("logit_bias"), self.token_ids),
+        """A copy of an unlimited body that makes the LM head answer one of the labels."""
+        first_tokens = [label.token_ids[0] for label in self.own]
+        if all(len(label.token_ids) == 1 for label in self.own):
+            return one_answer(body) | {"allowed_token_ids": first_tokens}
+        return one_answer(body) | {
+            "structured_outputs": {"choice": [label.text for label in self.own]},
+            "logit_bias": _biased(body.get("logit_bias"), first_tokens),
+            # A token is at least one byte, so this covers every spelling of the longest text.
+            "max_tokens": 1 + max(len(label.text.encode()) for label in self.own),
         }
-        # A token is at least one byte, so this covers every spelling of the longest text.
-        return _with_max_tokens(limited, 1 + max(len(text.encode()) for text in self.texts))
 
-    def tokens_under(self, limit: OutputLimit) -> LabelTokens:
-        """For each label word the first tokens with which `limit` lets it be spelled."""
-        if not limit.choices:
-            return tuple((token,) for token in self.token_ids)
 
-        def first_tokens(word: str) -> set[int]:
-            return {self.spellings[s] for s in limit.spellings if s.removeprefix(" ") == word}
-
-        return tuple(tuple(sorted(first_tokens(word))) for word in self.words)
+def one_answer(body: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `body` without the `LENGTHS` of the client's, whose answer is one token."""
+    return {key: value for key, value in body.items() if key not in LENGTHS} | {"max_tokens": 1}
 
 
 def with_first_tokens(bias: Mapping[Any, float], tokens: Sequence[Any]) -> dict[Any, float]:
@@ -130,6 +163,17 @@ def with_first_tokens(bias: Mapping[Any, float], tokens: Sequence[Any]) -> dict[
     own = {token: bias.get(token, 0.0) for token in tokens}
     raise_by = MAX_BIAS - max(own.values(), default=0.0)
     return {**bias, **{token: value + raise_by for token, value in own.items()}}
+
+
+def _written(tokenizer: Any, text: str, prompt: str = "") -> Written:
+    """A label's text with the tokens that it adds to `prompt`.
+
+    Where it would change the prompt's own tokens they are those that it has alone.
+    """
+    try:
+        return Written(text, tuple(answer_token_ids(tokenizer, prompt, text)))
+    except TaskError:
+        return Written(text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def _biased(client: Any, tokens: Sequence[int]) -> Any:
@@ -149,30 +193,14 @@ def _forces_a_tool(body: dict[str, Any]) -> bool:
     return body.get("tool_choice") not in (None, "none", "auto")
 
 
-def _choices(structured: Any) -> frozenset[str]:
+def _choices(structured: Any) -> tuple[str, ...]:
     choice = structured.get("choice") if isinstance(structured, dict) else None
     if not isinstance(choice, list) or not all(isinstance(item, str) for item in choice):
-        return frozenset()
-    return frozenset(choice)
+        return ()
+    return tuple(choice)
 
 
-def _spellings(tokenizer: Any, words: Sequence[str]) -> dict[str, int]:
-    written = [spelling for word in words for spelling in (word, f" {word}")]
-    return {s: tokenizer(s, add_special_tokens=False)["input_ids"][0] for s in written}
-
-
-def _token_ids(allowed: Any) -> frozenset[int] | None:
+def _token_ids(allowed: Any) -> frozenset[int]:
     if not isinstance(allowed, list) or not all(isinstance(item, int) for item in allowed):
-        return None
+        return frozenset()
     return frozenset(allowed)
-
-
-def _within(limit: frozenset | None, allowed: Sequence) -> bool:
-    return limit is not None and bool(limit) and limit.issubset(allowed)
-
-
-def _with_max_tokens(body: dict[str, Any], default: int) -> dict[str, Any]:
-    """`body` with a default for its output length, unless the client set one."""
-    if body.get("max_tokens") is not None or body.get("max_completion_tokens") is not None:
-        return body
-    return body | {"max_tokens": default}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from raee_serve.server.settings import DepthSettings
 from raee_serve.server.valves import Valves
 from raee_serve.shortcuts import Shortcuts, stored_shortcuts
 from raee_serve.table.store import ExitTable
+from raee_serve.table.task import prompt_token_ids
 
 
 def load_gate(
@@ -65,6 +66,7 @@ def load_gate(
         metrics=metrics,
         access=access,
         sampler=FullDepthSampler(valves.sample_full, metrics) if valves.sample_full else None,
+        encode=partial(prompt_token_ids, tokenizer),
         has_chat_template=bool(chat_template or tokenizer.chat_template),
     )
     if loader is None or retriever is None:
@@ -134,7 +136,7 @@ class TableLoader:
         self._settings = settings
         self._backbone = backbone
         self._tokenizer = tokenizer
-        self._served_names = frozenset(served_names)
+        self._served_names = tuple(served_names)
         self._valves = valves or Valves()
         self._shortcuts = shortcuts
         self._retriever: ExitRetriever | None = None
@@ -151,9 +153,7 @@ class TableLoader:
             backbone=self._backbone,
             encoder=settings.encoder,
             max_distance=settings.max_distance,
-            fraction=settings.fraction,
-            vote_weight=settings.vote_weight,
-            quality=settings.quality,
+            budget=settings.budget,
             shortcuts=self._shortcuts,
             encoder_backend=settings.encoder_backend,
             rows_in_memory_mb=settings.rows_in_memory_mb,
@@ -161,11 +161,10 @@ class TableLoader:
             exit_points=settings.exit_points,
         )
         self._valves.check(retriever.num_layers, retriever.tasks)
-        rules = (f"{n} {retriever.rule_for(n, settings.rule)}" for n in retriever.tasks)
         print(
             f"raee-serve: exit table {self.uri}: {retriever.num_rows:,} rows, version "
             f"{retriever.table_version}\n"
-            f"raee-serve: tasks and their rules: {', '.join(rules)}\n"
+            f"raee-serve: tasks: {', '.join(self._described(retriever))}\n"
             f"raee-serve: look-ups: encoder by {retriever.encoder_backend}, rows "
             f"{'through the index' if retriever.searches_index else 'in memory'}, time-out "
             f"{settings.lookup_timeout_ms:g} ms",
@@ -179,13 +178,21 @@ class TableLoader:
         admission = self._admission(retriever)  # what does not fit is said here, if at all
         self._retriever = retriever
         retriever.observe = gate.metrics.looked_up
-        gate.metrics.table(version, rows)
         return replace(
             gate,
             admission=admission,
             lookups=self._lookups(retriever, gate),
             snapshot=Snapshot(version, retriever.table_state, rows),
+            probe_set=retriever.probe_set,
         )
+
+    def _described(self, retriever: ExitRetriever) -> Iterator[str]:
+        """Each task with its head and budget."""
+        for name, task in retriever.tasks.items():
+            head = "free text"
+            if task.kind == "labels":
+                head = self._settings.head or retriever.heads[name]
+            yield f"{name} ({head}, budget {retriever.choices[name].budget:g})"
 
     def newest_state(self) -> str:
         """Of the table, as `Snapshot.state`; it changes with the table."""
@@ -193,20 +200,28 @@ class TableLoader:
 
     def _admission(self, retriever: ExitRetriever) -> Admission:
         labels = {
-            name: LabelOutputs.of(task, retriever.label_token_ids[name], self._tokenizer)
+            name: LabelOutputs.of(
+                task,
+                retriever.plain_token_ids.get(name, ()),
+                self._tokenizer,
+                is_fitted=retriever.heads[name] == "probe",
+            )
             for name, task in retriever.tasks.items()
             if task.kind == "labels"
         }
-        return Admission(
+        admission = Admission(
             retriever.num_layers,
             retriever.tasks,
             labels,
             k=self._settings.k,
-            rule=self._settings.rule,
+            head=self._settings.head,
             served_names=self._served_names,
             valves=self._valves,
             shortcut_layers=_layers(self._shortcuts),
+            probe_set="" if retriever.probe_set is None else retriever.probe_set.id,
         )
+        admission.check_heads()
+        return admission
 
     def _lookups(self, retriever: ExitRetriever, gate: Gate) -> LookupBatcher:
         if gate.lookups is not None:

@@ -89,7 +89,7 @@ class DecisionMetrics:
             task = decision.task or "-"
             self._decisions.labels(decision.reason.value, task).inc()
             self._exit_layer.labels(task).observe(decision.exit_layer)
-            self._exit_head.labels(decision.exit_head, task).inc()
+            self._exit_head.labels(decision.head, task).inc()
             self._layers_saved.labels(task).inc(decision.num_layers - decision.exit_layer)
             if decision.decided_layer is not None:
                 if decision.reason is Reason.SHADOW:

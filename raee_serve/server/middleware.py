@@ -19,6 +19,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 
 from raee_serve.records import ExitDecision
 from raee_serve.server.depths import RequestDepths, request_depths
+from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.explain import raee_object, with_raee
 from raee_serve.server.gate import Admitted, Gate
 from raee_serve.server.options import RequestError
@@ -34,7 +35,7 @@ from raee_serve.server.request_body import (
     with_length,
 )
 from raee_serve.server.request_errors import error_response
-from raee_serve.server.routes import answer, is_ours
+from raee_serve.server.routes import answered, is_ours
 from raee_serve.server.tracing import record_span
 
 MIDDLEWARE = "raee_serve.server.middleware.RaeeMiddleware"
@@ -78,21 +79,24 @@ class RaeeMiddleware:
         await response(scope, receive, send)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await answer(_gate(scope), path, scope, receive)
+        client: DepthClient = scope["app"].state.engine_client
+        response = await answered(client, path, scope, receive)
         await _across_origins(response, scope)(scope, receive, send)
 
     async def _admit(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST" or not is_json(scope):
             return await self._pass_on(scope, receive, send)
         gate = _gate(scope)
-        raw = await read_body(scope, receive, gate.access.max_body_bytes)
-        if raw is None:
-            return  # the client left before its request was complete
-        admitted = await _admitted(gate, ROUTES[path], scope, raw)
-        if admitted is None:  # vLLM has its own answer to what it would not run
-            return await self._pass_on(scope, replay(raw, receive), send)
-        raw = rendered(admitted.plan.body)
-        await self._run(gate, admitted, with_length(scope, len(raw)), replay(raw, receive), send)
+        with gate.in_use():
+            raw = await read_body(scope, receive, gate.access.max_body_bytes)
+            if raw is None:
+                return  # the client left before its request was complete
+            admitted = await _admitted(gate, ROUTES[path], scope, raw)
+            if admitted is None:  # vLLM has its own answer to what it would not run
+                return await self._pass_on(scope, replay(raw, receive), send)
+            raw = rendered(admitted.plan.body)
+            scope, receive = with_length(scope, len(raw)), replay(raw, receive)
+            await self._run(gate, admitted, scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         with request_depths(None):
@@ -101,7 +105,7 @@ class RaeeMiddleware:
     async def _run(
         self, gate: Gate, admitted: Admitted, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        depths = RequestDepths(admitted.depths)
+        depths = RequestDepths(admitted.depths(wants_labels=admitted.explain))
 
         def begin(response: Message) -> None:
             MutableHeaders(scope=response).update(decision_headers(admitted.decisions))
@@ -109,7 +113,7 @@ class RaeeMiddleware:
 
         send = _on_success(send, begin)
         if admitted.explain:
-            about = (admitted.decisions, gate.table_version, depths.restarted)
+            about = (admitted.decisions, gate.table_version, depths.restarted, depths.labels)
             send = with_raee(send, lambda: raee_object(*about))
         with request_depths(depths):
             await self.app(scope, receive, send)
@@ -146,7 +150,7 @@ def decision_headers(decisions: Sequence[ExitDecision]) -> dict[str, str]:
     otherwise = {"x-raee-decided-layer": joined(decided)} if any(decided) else {}
     return {
         "x-raee-exit-layer": joined([d.exit_layer for d in decisions]),
-        "x-raee-exit-head": joined([d.exit_head for d in decisions]),
+        "x-raee-exit-head": joined([d.head for d in decisions]),
         "x-raee-num-layers": joined([d.num_layers for d in decisions]),
         "x-raee-reason": joined([d.reason.value for d in decisions]),
         "x-raee-task": joined([d.task for d in decisions]),

@@ -9,24 +9,15 @@ from http import HTTPStatus
 from typing import Any
 
 from raee_serve.errors import RaeeError
-from raee_serve.records import EXIT_HEADS, ExitHead
+from raee_serve.records import ExitHead
 
 MAX_K = 1024
 """Most neighbours a client may ask for; keeps one request from costing a pass over the table."""
 
-FIELDS = (
-    "exit_layer",
-    "task",
-    "k",
-    "rule",
-    "off",
-    "explain",
-    "exit_head",
-    "quality",
-    "loop_guard",
-)
-WITHOUT_TABLE = ("exit_layer", "off", "explain", "exit_head", "loop_guard")
+FIELDS = ("exit_layer", "head", "task", "k", "budget", "off", "explain", "loop_guard")
+WITHOUT_TABLE = ("exit_layer", "head", "off", "explain", "loop_guard")
 """Fields that mean something on a server without a table."""
+HEADS: tuple[ExitHead, ...] = ("plain", "shortcut", "probe")
 
 
 class RequestError(RaeeError):
@@ -60,30 +51,24 @@ class RaeeOptions:
     """What the request asked for; a field left at None is for the server to choose.
 
     exit_layer: 1..num_layers, "full" having been resolved to num_layers; None means "auto".
-    exit_head: of exit_layer; "plain" where that is None.
-    quality: share of full depth's that rule `quality` is to keep, within (0, 1].
+    head: what turns the state after the exit layer into an answer.
+    budget: share of the best exit's expected quality that is to be kept, within (0, 1].
     off: vanilla vLLM, whatever else is asked for. explain: put the decisions into the answer.
     loop_guard: begin again at full depth if the answer at an early exit falls into a loop.
     """
 
     exit_layer: int | None = None
-    exit_head: ExitHead = "plain"
+    head: ExitHead | None = None
     task: str | None = None
     k: int | None = None
-    rule: str | None = None
-    quality: float | None = None
+    budget: float | None = None
     off: bool = False
     explain: bool = False
     loop_guard: bool | None = None
 
 
 def parse_options(
-    value: Any,
-    *,
-    num_layers: int,
-    tasks: Collection[str],
-    rules: Collection[str],
-    shortcut_layers: Sequence[int] = (),
+    value: Any, *, num_layers: int, tasks: Collection[str], shortcut_layers: Sequence[int] = ()
 ) -> RaeeOptions:
     """Check a body's `raee` value (None when the body has none).
 
@@ -112,11 +97,10 @@ def parse_options(
     exit_layer = _exit_layer(given.get("exit_layer", "auto"), num_layers)
     return RaeeOptions(
         exit_layer=exit_layer,
-        exit_head=_exit_head(given.get("exit_head", "plain"), exit_layer, shortcut_layers),
-        task=_one_of("task", given.get("task"), tasks),
+        head=_head(given.get("head"), exit_layer, shortcut_layers),
+        task=_task(given.get("task"), tasks),
         k=_k(given.get("k")),
-        rule=_one_of("rule", given.get("rule"), rules),
-        quality=_quality(given.get("quality")),
+        budget=_budget(given.get("budget")),
         off=_flag("off", given.get("off", False)),
         explain=_flag("explain", given.get("explain", False)),
         loop_guard=_flag("loop_guard", given["loop_guard"]) if "loop_guard" in given else None,
@@ -142,27 +126,28 @@ def _exit_layer(value: Any, num_layers: int) -> int | None:
     return int(value)
 
 
-def _exit_head(value: Any, exit_layer: int | None, shortcut_layers: Sequence[int]) -> ExitHead:
-    field = "raee.exit_head"
-    if value not in EXIT_HEADS:
-        raise OptionError(field, f"{field} is {shown(value)}; allowed: {_list(EXIT_HEADS)}")
+def _head(value: Any, exit_layer: int | None, shortcut_layers: Sequence[int]) -> ExitHead | None:
+    if value is None:
+        return None
+    if value not in HEADS:
+        raise OptionError("raee.head", f"raee.head is {shown(value)}; allowed: {_list(HEADS)}")
     if value == "shortcut" and exit_layer not in shortcut_layers:
         layers = _list(list(map(str, shortcut_layers))) or "none on this server"
         raise OptionError(
-            field,
-            f"{field} is 'shortcut' and raee.exit_layer is {exit_layer or 'auto'}; layers that "
+            "raee.head",
+            f"raee.head is 'shortcut' and raee.exit_layer is {exit_layer or 'auto'}; layers that "
             f"have shortcuts: {layers}",
         )
     head: ExitHead = value
     return head
 
 
-def _quality(value: Any) -> float | None:
+def _budget(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (is_number and 0 < value <= 1):
         raise OptionError(
-            "raee.quality",
-            f"raee.quality is {shown(value)}; allowed: a number above 0 and at most 1",
+            "raee.budget",
+            f"raee.budget is {shown(value)}; allowed: a number above 0 and at most 1",
         )
     return value
 
@@ -181,10 +166,10 @@ def _flag(field: str, value: Any) -> bool:
     return value
 
 
-def _one_of(field: str, value: Any, allowed: Collection[str]) -> str | None:
+def _task(value: Any, allowed: Collection[str]) -> str | None:
     if value is not None and (not isinstance(value, str) or value not in allowed):
         raise OptionError(
-            f"raee.{field}", f"raee.{field} is {shown(value)}; allowed: {_list(sorted(allowed))}"
+            "raee.task", f"raee.task is {shown(value)}; allowed: {_list(sorted(allowed))}"
         )
     return value
 

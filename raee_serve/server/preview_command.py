@@ -11,14 +11,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from raee_serve.retrieval.aggregate import QUALITY
-
 NEIGHBOURS_SHOWN = 5
 BAR = 40
 """Characters of the longest bar."""
 
 DESCRIPTION = """Look prompts up in an exit table as a server of MODEL would, and say what was
-decided and why. The output counts as limited to the task's label words when --task names it."""
+decided and why. The output counts as limited to the task's labels when --task names it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="name the task instead of recognising it by its template")
     parser.add_argument("--encoder", help="name or directory of the table's encoder, if moved")
     parser.add_argument("--k", type=int, help="neighbours to look up")
-    parser.add_argument("--rule", help="how an exit is chosen")
+    parser.add_argument("--head", help="what answers a label task: probe or plain")
     parser.add_argument(
-        "--quality", type=float, help="share of full depth's quality that free text is to keep"
+        "--budget", type=float, help="share of the best exit's expected quality that is to be kept"
     )
     parser.add_argument("--shortcuts-file", metavar="FILE", help="exit shortcuts, as for serve")
     parser.add_argument(
@@ -78,7 +76,7 @@ async def _previews(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]
         gate = load_gate(
             patient, identify_backbone(checkpoint), checkpoint, [], registry=CollectorRegistry()
         )
-    raee = {"task": args.task, "k": args.k, "rule": args.rule, "quality": args.quality}
+    raee = {"task": args.task, "k": args.k, "head": args.head, "budget": args.budget}
     kind: Kind = "chat" if args.chat else "completions"
     found = []
     for prompt in args.prompt:
@@ -96,21 +94,18 @@ def _report(prompt: str, decided: dict[str, Any]) -> Iterator[str]:
     """Lines for a reader."""
     yield ""
     yield repr(prompt)
-    through = ", by shortcut" if decided["exit_head"] == "shortcut" else ""
     yield (
-        f"  {decided['exit_layer']} of {decided['num_layers']} layers{through}: "
+        f"  {decided['exit_layer']} of {decided['num_layers']} layers, head {decided['head']}: "
         f"{decided['reason']}, task {decided['task'] or '-'}"
     )
-    if "rule" not in decided:
+    if "choice" not in decided:
         return
-    settings = ", ".join(f"{name} {value:g}" for name, value in list(decided["rule"].items())[1:])
-    yield f"  rule {decided['rule']['name']}: {settings}"
+    yield "  " + ", ".join(f"{name} {value:g}" for name, value in decided["choice"].items())
     for neighbour in decided["neighbours"][:NEIGHBOURS_SHOWN]:
         yield f"  at {neighbour['distance']:.4f}  {neighbour['id']}"
-    chosen = decided["exit_head" if decided["rule"]["name"] == QUALITY else "head"]
-    for head, scores in decided["exits"].items():
-        yield f"  evidence by layer, {head} head:"
-        yield from _bars(scores, decided["exit_layer"] if head == chosen else 0)
+    for head, shares in decided["expected"].items():
+        yield f"  expected by layer, {head} head:"
+        yield from _bars(shares, decided["exit_layer"] if head == decided["head"] else 0)
 
 
 def _bars(scores: list[float], chosen: int) -> Iterator[str]:

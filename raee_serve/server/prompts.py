@@ -65,6 +65,15 @@ def is_rendered_plainly(kind: Kind, body: dict[str, Any]) -> bool:
     )
 
 
+def scores_prompt(body: dict[str, Any]) -> bool:
+    """Whether the body asks for log-probabilities of its prompts, or for nothing but them."""
+    if body.get("prompt_logprobs") is not None:
+        return True
+    logprobs = body.get("logprobs")
+    is_scored = logprobs is not None and logprobs is not False
+    return bool(body.get("echo")) and (is_scored or body.get("max_tokens") == 0)
+
+
 def whole_text(prompt: TextPrompt) -> str | None:
     """A prompt as one text, stripped: a completion's text, or a conversation's only user message.
 

@@ -53,7 +53,7 @@ class TableReloader:
 
     def start(self, gate: Gate) -> Gate:
         """The first gate, which from now on may be replaced."""
-        self.gate = replace(gate, reloader=self)
+        self._use(replace(gate, reloader=self))
         return self.gate
 
     async def reload(self) -> tuple[Snapshot, Snapshot]:
@@ -61,12 +61,14 @@ class TableReloader:
         async with self._one_at_a_time:
             old, metrics = self._snapshot(), self.gate.metrics
             try:
-                self.gate = await asyncio.to_thread(self._load, self.gate)
+                gate = await asyncio.to_thread(self._load, self.gate)
+                await gate.probes.load(gate.probe_set)
             except Exception as error:
                 metrics.reloaded("kept")
                 logger.exception("Exit table unusable; version %d stays loaded.", old.version)
                 why = _reason(error, self._uri)
                 raise ReloadError(f"version {old.version} stays loaded: {why}") from error
+            self._use(gate)  # at once: from here on the workers may forget the old probes
             metrics.reloaded("loaded")
             return old, self._snapshot()
 
@@ -86,6 +88,11 @@ class TableReloader:
                 await self.reload()
             except ReloadError:
                 continue  # said and counted
+
+    def _use(self, gate: Gate) -> None:
+        self.gate = gate
+        snapshot = self._snapshot()
+        gate.metrics.table(snapshot.version, snapshot.rows)
 
     def _snapshot(self) -> Snapshot:
         snapshot = self.gate.snapshot

@@ -5,13 +5,17 @@ To add one, name its handler in HANDLERS; `--disable-NAME` comes with an entry i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMError
 
+from raee_serve.server.classify import classify
+from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.explain import raee_object
 from raee_serve.server.gate import Gate
 from raee_serve.server.options import MethodError, RequestError, shown
@@ -22,17 +26,17 @@ from raee_serve.table.task import Task
 
 PREFIX = "/v1/raee/"
 
-Handler = Callable[[Gate, dict[str, Any]], Awaitable[dict[str, Any]]]
-"""(gate, body of a POST) -> body of the answer. Raises RequestError."""
+Handler = Callable[[DepthClient, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""(engine client, body of a POST) -> body of the answer. Raises RequestError, and VLLMError."""
 
 
 def is_ours(path: str) -> bool:
     return path.startswith(PREFIX)
 
 
-async def answer(gate: Gate, path: str, scope: Scope, receive: Receive) -> Response:
+async def answered(client: DepthClient, path: str, scope: Scope, receive: Receive) -> Response:
     """Of the route at `path`. Raises RequestError for a request that it does not take."""
-    name = path.removeprefix(PREFIX)
+    gate, name = client.gate, path.removeprefix(PREFIX)
     if name not in HANDLERS or not gate.access.allows(name):
         raise RequestError(None, f"there is no {shown(path)} here", HTTPStatus.NOT_FOUND)
     if scope["method"] != (method := "GET" if name in READS else "POST"):
@@ -40,7 +44,12 @@ async def answer(gate: Gate, path: str, scope: Scope, receive: Receive) -> Respo
     body = {} if name in READS | WITHOUT_BODY else await _body(gate, scope, receive)
     if body is None:
         return Response()  # to nobody: the client is gone
-    return JSONResponse(await HANDLERS[name](gate, body))
+    try:
+        answer = await HANDLERS[name](client, body)
+    except VLLMError as error:  # of the engine: its own answer to what it would not run
+        told = create_error_response(error)
+        return JSONResponse(told.model_dump(), status_code=told.error.code)
+    return JSONResponse(answer)
 
 
 async def _body(gate: Gate, scope: Scope, receive: Receive) -> dict[str, Any] | None:
@@ -56,8 +65,9 @@ async def _body(gate: Gate, scope: Scope, receive: Receive) -> dict[str, Any] | 
     return body
 
 
-async def preview(gate: Gate, body: dict[str, Any]) -> dict[str, Any]:
+async def preview(client: DepthClient, body: dict[str, Any]) -> dict[str, Any]:
     """What would be decided for the body of a completions or chat request, and why."""
+    gate = client.gate
     field = "messages" if "messages" in body else "prompt"
     if "messages" in body and "prompt" in body:
         raise RequestError("prompt", "give prompt, as for completions, or messages, as for chat")
@@ -67,8 +77,9 @@ async def preview(gate: Gate, body: dict[str, Any]) -> dict[str, Any]:
     return raee_object(admitted.decisions, gate.table_version)
 
 
-async def reload(gate: Gate, _: dict[str, Any]) -> dict[str, Any]:
+async def reload(client: DepthClient, _: dict[str, Any]) -> dict[str, Any]:
     """Take up the exit table as it is now; what was loaded before, and what is loaded."""
+    gate = client.gate
     if gate.reloader is None:
         raise RequestError(None, "this server was started without an exit table (--table)")
     try:
@@ -86,30 +97,52 @@ def _described(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-async def page(gate: Gate, _: dict[str, Any]) -> dict[str, Any]:
+async def tasks(client: DepthClient, _: dict[str, Any]) -> dict[str, Any]:
+    """The tasks of the loaded table."""
+    gate = client.gate
+    return {"object": "list", "data": [_of_task(gate, task) for task in _tasks(gate)]}
+
+
+async def page(client: DepthClient, _: dict[str, Any]) -> dict[str, Any]:
     """What the page at /raee has to know of this server: its tasks, and what it offers."""
+    gate = client.gate
     return {
         "object": "raee.page",
         "num_layers": gate.admission.num_layers,
         "has_chat_template": gate.has_chat_template,
         "explain": gate.access.allows("explain"),
         "preview": gate.access.allows("preview"),
-        "tasks": [_of_task(task) for task in gate.admission.tasks.values()],
+        "tasks": [_of_task(gate, task) for task in _tasks(gate)],
     }
 
 
-def _of_task(task: Task) -> dict[str, Any]:
+def _tasks(gate: Gate) -> Iterable[Task]:
+    return gate.admission.tasks.values()
+
+
+def _of_task(gate: Gate, task: Task) -> dict[str, Any]:
+    """head: of a label task, the one that answers unless a request asks for another."""
+    heads = gate.admission.heads_of(task.name) if task.kind == "labels" else ()
     return {
         "name": task.name,
+        "kind": task.kind,
+        "labels": list(task.labels),
+        "head": next(iter(heads), None),
+        "rows": 0 if gate.snapshot is None else gate.snapshot.rows.get(task.name, 0),
         "endpoint": "chat" if isinstance(task.prompt, ChatPrompt) else "completions",
         "template": task.prompt.template,
-        "label_words": list(task.label_words),
     }
 
 
-HANDLERS: dict[str, Handler] = {"preview": preview, "reload": reload, "page": page}
+HANDLERS: dict[str, Handler] = {
+    "classify": classify,
+    "preview": preview,
+    "reload": reload,
+    "tasks": tasks,
+    "page": page,
+}
 """By the last part of the path."""
-READS = frozenset({"page"})
+READS = frozenset({"page", "tasks"})
 """Routes that take a GET, the others a POST."""
 WITHOUT_BODY = frozenset({"reload"})
 """Routes that take a POST as it is, and read no body."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raee_serve.errors import RaeeError
-from raee_serve.retrieval.aggregate import RULE_NAMES
+from raee_serve.records import ExitHead
 from raee_serve.retrieval.resources import BATCH_SIZE, DEFAULT_BACKEND, ROWS_IN_MEMORY_MB
 from raee_serve.server.options import MAX_K
 
@@ -21,7 +21,7 @@ class DepthSettings:
     table: URI of the exit table; None with `exit_layer`.
     exit_layer: a number of layers or "full", as typed; None with `table`.
     watch_table: seconds between looks at whether the table has changed; None for never.
-    k, rule, fraction, vote_weight, quality, encoder, max_distance: None leaves them to the table.
+    k, head, budget, encoder, max_distance: None leaves them to the table.
     shortcuts_file: exit shortcuts; None for those beside the table, if there are any.
     exit_points: the layers at which exits are decided; none for any.
     encoder_backend, rows_in_memory_mb: see `ExitRetriever.open`.
@@ -31,15 +31,13 @@ class DepthSettings:
     exit_layer: str | None = None
     encoder: str | None = None
     k: int | None = None
-    rule: str | None = None
+    head: ExitHead | None = None
+    budget: float | None = None
     max_distance: float | None = None
     lookup_timeout_ms: float = LOOKUP_TIMEOUT_MS
-    fraction: float | None = None
-    vote_weight: float | None = None
     watch_table: float | None = None
     encoder_backend: str = DEFAULT_BACKEND
     rows_in_memory_mb: float = ROWS_IN_MEMORY_MB
-    quality: float | None = None
     shortcuts_file: str | None = None
     exit_points: tuple[int, ...] = ()
 
@@ -56,10 +54,10 @@ class DepthSettings:
                 raise RaeeError(
                     f"--watch-table is {self.watch_table:g}; allowed: 0.1..86400 seconds"
                 )
-        if self.rule is not None and self.rule not in RULE_NAMES:
-            raise RaeeError(f"--rule is {self.rule!r}; allowed: {', '.join(sorted(RULE_NAMES))}")
-        if self.quality is not None and not 0 < self.quality <= 1:
-            raise RaeeError(f"--quality is {self.quality}; allowed: above 0, at most 1")
+        if self.head not in (None, "plain", "probe"):
+            raise RaeeError(f"--head is {self.head!r}; allowed: plain, probe")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise RaeeError(f"--budget is {self.budget}; allowed: above 0, at most 1")
         if self.lookup_timeout_ms <= 0:
             raise RaeeError(
                 f"--lookup-timeout-ms is {self.lookup_timeout_ms}; allowed: more than 0"
@@ -68,10 +66,6 @@ class DepthSettings:
             raise RaeeError(
                 f"--max-distance is {self.max_distance}; allowed: 0..2, as cosine distances are"
             )
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise RaeeError(f"--fraction is {self.fraction}; allowed: above 0, at most 1")
-        if self.vote_weight is not None and not 0 < self.vote_weight < float("inf"):
-            raise RaeeError(f"--vote-weight is {self.vote_weight}; allowed: more than 0")
         if self.encoder_backend not in BATCH_SIZE:
             raise RaeeError(
                 f"--encoder-backend is {self.encoder_backend!r}; allowed: {', '.join(BATCH_SIZE)}"

@@ -35,7 +35,7 @@ def _attributes(decisions: Sequence[ExitDecision]) -> dict[str, Any]:
     """One value per prompt; the distance is left out where a prompt was not looked up."""
     attributes: dict[str, Any] = {
         "raee.exit_layer": [d.exit_layer for d in decisions],
-        "raee.exit_head": [d.exit_head for d in decisions],
+        "raee.exit_head": [d.head for d in decisions],
         "raee.num_layers": decisions[0].num_layers,
         "raee.reason": [d.reason.value for d in decisions],
         "raee.task": [d.task or "-" for d in decisions],

@@ -75,10 +75,12 @@ class Valves:
         """How a prompt's output is watched for loops; None: not at all.
 
         asked: `raee.loop_guard`. Without it retrieved exits are watched, but not who fixed a depth.
-        is_free: whether the output is not limited to a task's label words.
+        is_free: whether the output is not limited to a task's labels.
         """
         by_default = self.loop_guard and decision.reason is Reason.RETRIEVED and is_free
         if decision.is_full or self.shadow or not (by_default if asked is None else asked):
+            return None
+        if decision.head == "probe":  # one label, which is no text that could loop
             return None
         return LoopGuard(self.loop_window, decision.task or "-")
 
@@ -95,16 +97,20 @@ class Valves:
         return "; ".join(filter(None, parts)) or "none"
 
 
-def in_shadow(decision: ExitDecision) -> ExitDecision:
-    """At full depth; the reason is SHADOW where something else had been decided."""
-    if decision.is_full and not decision.label_bias:
+def in_shadow(decision: ExitDecision, alone: str | None = None) -> ExitDecision:
+    """At full depth; the reason is SHADOW where something else had been decided.
+
+    alone: the probe that answers there; None for the LM head.
+    """
+    if decision.is_full and decision.probe in (None, alone):
         return decision
     return replace(
         decision,
         exit_layer=decision.num_layers,
         reason=Reason.SHADOW,
-        label_bias=(),
-        exit_head="plain",
+        head="probe" if alone else "plain",
+        probe=alone,
+        label_scores=(),
         decided_layer=decision.exit_layer,
     )
 

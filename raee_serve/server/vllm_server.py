@@ -55,19 +55,23 @@ def prepare_environment() -> None:
 def parse_serve_args(rest: Sequence[str]) -> Namespace:
     """`rest` as `vllm serve` parses it (model, flags, --config), checked.
 
-    `kv_cache_is_sized` among them tells whether the user said how large the KV cache is to be.
+    `kv_cache_is_sized` among them tells whether the user said how large the KV cache is to be,
+    `max_logprobs_is_given` whether --max-logprobs is the user's.
     Exits as argparse does on a flag that vLLM does not know. Raises ServeError for a missing
     model and for what raee-serve cannot serve with.
     """
     parser = FlexibleArgumentParser(prog="raee-serve")
     subcommand = ServeSubcommand()
     serve_parser = subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
-    utilization = serve_parser.get_default("gpu_memory_utilization")
-    serve_parser.set_defaults(gpu_memory_utilization=None)  # so that a given one can be told
+    told = ("gpu_memory_utilization", "max_logprobs")
+    defaults = {name: serve_parser.get_default(name) for name in told}
+    serve_parser.set_defaults(**dict.fromkeys(told))  # so that given ones can be told
     args = parser.parse_args(["serve", *rest])
     args.kv_cache_is_sized = _is_kv_cache_sized(args)
-    if args.gpu_memory_utilization is None:
-        args.gpu_memory_utilization = utilization
+    args.max_logprobs_is_given = args.max_logprobs is not None
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     configure_logging_from_args(args)
     subcommand.validate(args)
     if not args.model_tag:
@@ -148,6 +152,16 @@ def prefer_native_dtype(args: Namespace) -> None:
         )
 
 
+def allow_logprobs(args: Namespace, gate: Gate) -> None:
+    """Raise --max-logprobs to the most labels of the gate's tasks, in place.
+
+    One that the user gave stands.
+    """
+    if not args.max_logprobs_is_given:
+        labels = gate.admission.labels.values()
+        args.max_logprobs = max([args.max_logprobs, *(len(outputs.names) for outputs in labels)])
+
+
 def size_kv_cache(args: Namespace) -> int | None:
     """On a CPU give the KV cache memory that is free, in place; bytes for each worker.
 
@@ -193,6 +207,7 @@ async def serve(args: Namespace, gate: Gate, watch_table_s: float | None) -> Non
         async with build_async_engine_client(args) as engine:
             if gate.lookups is not None:
                 _place(gate.lookups, spare_cores(engine.vllm_config))
+            await gate.probes.connect(engine.collective_rpc, gate.probe_set)
             client = DepthClient(engine, gate, asyncio.get_running_loop())
             with _watching(gate, watch_table_s):
                 stopped = await build_and_serve(cast(EngineClient, client), address, sock, args)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from tqdm import tqdm
 
+from raee_serve.errors import TableError
+from raee_serve.exits.fit import TaskFit, fit_task, why_not
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
-from raee_serve.table.rows import Batch, ItemMaker, ReadsPrompts, RowMaker, length_batches
-from raee_serve.table.schema import TaskEntry, TaskRows
+from raee_serve.table.rows import (
+    MOST_PROBES,
+    Batch,
+    ItemMaker,
+    ReadsPrompts,
+    RowMaker,
+    length_batches,
+)
+from raee_serve.table.schema import Built, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 
@@ -21,8 +29,6 @@ DEFAULT_BATCH_TOKENS = 1024
 """Padded tokens of a batch. On CPUs larger batches gain nothing and spill out of the caches."""
 BATCHES_PER_COMMIT = 8
 """Most work an interrupt loses."""
-OVERHEAD_BATCHES = 2
-"""Batches on which the probe is timed against the bare forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ def plan_task(
     batch_tokens: int,
     *,
     replace: bool = False,
+    probe_layers: int = MOST_PROBES,
 ) -> TaskWork:
     """The examples whose rows the table lacks, tokenised and in batches; records the task.
 
@@ -68,7 +75,7 @@ def plan_task(
     Raises BindingError if the table holds the task under another template, unless it is to be
     replaced.
     """
-    maker = ItemMaker(task, backbone)
+    maker = ItemMaker(task, backbone, probe_layers)
     before = len(table.row_ids(task.name)) if task.name in table.metadata.tasks else 0
     if replace:
         table.begin_replace(maker.entry)
@@ -86,10 +93,71 @@ def plan_task(
     return TaskWork(maker.entry, groups, frozenset(by_id), kept, replaced)
 
 
-def finish_task(table: ExitTable, work: TaskWork) -> None:
-    """After all its rows were added: rows that are to be replaced make way, in one commit."""
-    if work.replaced is not None:
-        table.finish_replace(work.entry.name, work.ids)
+def finish_task(table: ExitTable, work: TaskWork, *, progress: bool = True) -> Finished:
+    """After all its rows were added: the fit to them and the task's completion, in one commit.
+
+    Rows that are to be replaced make way in it.
+    """
+    replacing = None if work.replaced is None else work.ids
+    return complete(table, work.entry.name, replacing, progress=progress)
+
+
+def complete(
+    table: ExitTable,
+    task: str,
+    replacing: Collection[str] | None = None,
+    *,
+    progress: bool = True,
+) -> Finished:
+    """Fits probes to all rows of a task as they are now, and records both.
+
+    A task whose rows have a fit already, or that has no rows, is left as it is. Raises TableError
+    if states are gone or not finite.
+    """
+    start = time.perf_counter()
+    rows, entry = table.target_rows(task), table.entry(task)
+    if replacing is not None:
+        wanted = set(replacing)
+        rows = rows.at([place for place, row_id in enumerate(rows.ids) if row_id in wanted])
+    known = None if replacing is not None else table.fit(task)
+    if known is not None and set(known.ids) == set(rows.ids):
+        return Finished(0.0, "")
+    no_fit, fit = "", None
+    if entry.kind == "free-text":
+        no_fit = "it is free text"
+    else:
+        assert rows.golds is not None
+        no_fit = why_not(rows.golds, rows.ids) or ""
+        if not no_fit:
+            fit = _fit(table, entry, rows, progress)
+    table.finish(task, Built(len(rows), no_fit), fit, replacing)
+    return Finished(time.perf_counter() - start, no_fit if entry.kind == "labels" else "")
+
+
+def _fit(table: ExitTable, entry: TaskEntry, rows: TaskRows, progress: bool) -> TaskFit:
+    states = table.states(entry.name, rows.ids)
+    assert rows.golds is not None
+    with tqdm(entry.layers, desc=f"{entry.name} probes", unit="layer", disable=not progress) as bar:
+        try:
+            return fit_task(
+                entry.layers,
+                lambda layer: states[entry.layers.index(layer)],
+                rows.vectors,
+                rows.golds,
+                rows.ids,
+                len(entry.labels),
+                lambda _layer: bar.update(),
+            )
+        except ValueError as e:
+            raise TableError(f"task {entry.name}: no probes can be fitted: {e}") from e
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """seconds: of the fit. no_fit: why a label task has no probes; empty if it has."""
+
+    seconds: float
+    no_fit: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +166,7 @@ class BuildReport:
 
     added: new rows; kept: rows that were there before; truncated: prompts cut to the model's limit.
     replaced: rows that made way for these, None if none were to.
-    overhead: (probe - bare forward) / bare forward on sample batches, None if nothing was added.
+    finished: of the fit to all rows.
     """
 
     task: str
@@ -106,7 +174,7 @@ class BuildReport:
     kept: int
     truncated: int
     seconds: float
-    overhead: float | None
+    finished: Finished
     replaced: int | None = None
 
     def __str__(self) -> str:
@@ -114,8 +182,10 @@ class BuildReport:
         line = f"{self.task}: {self.added} rows added, {self.kept} kept, {rate:.1f} rows/s"
         if self.replaced is not None:
             line += f", in place of {self.replaced}"
-        if self.overhead is not None:
-            line += f", probe overhead {self.overhead:+.1%}"
+        if self.finished.seconds >= 0.1:
+            line += f", probes fitted in {self.finished.seconds:.1f} s"
+        if self.finished.no_fit:
+            line += f"; no probes: {self.finished.no_fit}, so the plain head answers"
         if self.truncated:
             line += f", {self.truncated} prompts truncated"
         return line
@@ -134,6 +204,7 @@ class TaskBuilder:
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         store_text: bool = False,
         replace: bool = False,
+        probe_layers: int = MOST_PROBES,
     ) -> None:
         """replace: what the table holds of the task makes way for what is built, at its end."""
         self.task = task
@@ -143,6 +214,7 @@ class TaskBuilder:
         self._batch_tokens = batch_tokens
         self._store_text = store_text
         self._replace = replace
+        self._probe_layers = probe_layers
 
     def build(self, examples: Sequence[Example], *, progress: bool = True) -> BuildReport:
         """Probes, embeds and stores `examples`; what is done when interrupted stays done.
@@ -150,7 +222,13 @@ class TaskBuilder:
         Raises as `plan_task`.
         """
         work = plan_task(
-            self.task, self._table, self._probe, examples, self._batch_tokens, replace=self._replace
+            self.task,
+            self._table,
+            self._probe,
+            examples,
+            self._batch_tokens,
+            replace=self._replace,
+            probe_layers=self._probe_layers,
         )
         maker = RowMaker(work.entry, self._store_text)
         start = time.perf_counter()
@@ -158,14 +236,14 @@ class TaskBuilder:
             for group in work.groups:
                 self._table.add(self.task.name, self._rows(maker, group, bar))
         seconds = time.perf_counter() - start
-        finish_task(self._table, work)
+        finished = finish_task(self._table, work, progress=progress)
         return BuildReport(
             self.task.name,
             added=work.added,
             kept=work.kept,
             truncated=work.truncated,
             seconds=seconds,
-            overhead=self._overhead(maker, work.batches) if self.task.kind == "labels" else None,
+            finished=finished,
             replaced=work.replaced,
         )
 
@@ -176,23 +254,3 @@ class TaskBuilder:
             scores.append(maker.scores(self._probe, batch))
             bar.update(len(batch))
         return maker.rows(group, vectors, scores)
-
-    def _overhead(self, maker: RowMaker, batches: Sequence[Batch]) -> float | None:
-        """(probe - bare forward) / bare forward: of either the better of two alternating runs."""
-        if not batches:
-            return None
-        middle = len(batches) // 2
-        bare = probed = 0.0
-        for batch in batches[middle : middle + OVERHEAD_BATCHES]:
-            forward = partial(self._probe.bare_forward, [item.prompt for item in batch])
-            probe = partial(maker.scores, self._probe, batch)
-            times = [_seconds(work) for work in (forward, probe, probe, forward)]
-            bare += min(times[0], times[3])
-            probed += min(times[1], times[2])
-        return (probed - bare) / bare
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -21,6 +21,7 @@ from raee_serve.table.datasets import (
     shuffled_examples,
 )
 from raee_serve.table.probe import DTYPES, LayerProbe
+from raee_serve.table.rows import MOST_PROBES
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.shortcuts import DEFAULT_TOKENS, default_layers
 from raee_serve.table.shortcuts_command import add_file_argument, fit_and_store, target_file
@@ -68,6 +69,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="workers that hold the backbone (default: one per GPU, or as the CPUs allow)",
     )
+    parser.add_argument(
+        "--probe-layers",
+        type=int,
+        default=MOST_PROBES,
+        metavar="N",
+        help="layers that get a probe, at even distances (default: %(default)s, or all)",
+    )
     parser.add_argument("--store-text", action="store_true", help="keep the texts in the table")
     parser.add_argument(
         "--replace",
@@ -89,6 +97,8 @@ def run(args: Namespace) -> None:
         raise RaeeError(f"--limit {args.limit} is not allowed, it must be at least 1")
     if args.batch_size < 1:
         raise RaeeError(f"--batch-size {args.batch_size} is not allowed, it must be at least 1")
+    if args.probe_layers < 1:
+        raise RaeeError(f"--probe-layers {args.probe_layers} is not allowed, it must be at least 1")
     # Everything cheap that can fail comes before the backbone is loaded.
     tasks = [get_task(name) for name in dict.fromkeys(args.task)]
     # The same rows for the same seed and limit, and more of the same for a higher limit.
@@ -130,6 +140,7 @@ def run(args: Namespace) -> None:
             batch_tokens=args.batch_size,
             store_text=args.store_text,
             replace=args.replace,
+            probe_layers=args.probe_layers,
         )
         print(builder.build(examples), flush=True)
     _compact(table)
@@ -153,7 +164,15 @@ def _run_over_cluster(
 
     backbone = ray_build.ReadBackbone(checkpoint, shortcuts)
     plans = [
-        plan_task(task, table, backbone, rows, args.batch_size, replace=args.replace)
+        plan_task(
+            task,
+            table,
+            backbone,
+            rows,
+            args.batch_size,
+            replace=args.replace,
+            probe_layers=args.probe_layers,
+        )
         for task, rows in work
     ]
     names = (_wherever(args.model), _wherever(args.encoder))

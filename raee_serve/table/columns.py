@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raee_serve.errors import TableError
@@ -26,10 +26,12 @@ def to_arrow(shelf: str, rows: TaskRows, schema: pa.Schema) -> pa.Table:
         [shelf] * n,
         vectors,
         None if rows.golds is None else rows.golds.astype(np.int32),
-        _flat_rows(rows.label_logprobs),
-        _flat_rows(rows.reference_logprob),
-        _flat_rows(_with_hits(rows)),
+        _flat_rows(rows.plain_probs),
+        _flat_rows(rows.full_logprobs),
+        _flat_rows(rows.agreement),
+        _flat_rows(rows.reference_hits),
         rows.texts,
+        None,
     ]
     arrays = [
         pa.nulls(n, field.type) if column is None else pa.array(column, field.type)
@@ -38,18 +40,20 @@ def to_arrow(shelf: str, rows: TaskRows, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def records_to_arrow(records: Mapping[str, str], schema: pa.Schema) -> pa.Table:
-    """Records by id. The vector, which no row may be without, is one that every index can take."""
+def records_to_arrow(
+    records: Mapping[str, str], schema: pa.Schema, blobs: Mapping[str, bytes] | None = None
+) -> pa.Table:
+    """Records by id, with the bytes that lie beside some of them.
+
+    The vector, which no row may be without, is one that every index can take.
+    """
     vectors = np.zeros((len(records), schema.field("vector").type.list_size), np.float32)
     vectors[:, 0] = 1
-    return to_arrow(RECORD, TaskRows(list(records), vectors, texts=list(records.values())), schema)
-
-
-def _with_hits(rows: TaskRows) -> NDArray[np.float32] | None:
-    """Agreement, and after it the reference hits, which had no column of their own in format 2."""
-    if rows.agreement is None or rows.reference_hits is None:
-        return rows.agreement
-    return np.concatenate([rows.agreement, rows.reference_hits], axis=1)
+    rows = TaskRows(list(records), vectors, texts=list(records.values()))
+    column = pa.array([(blobs or {}).get(name) for name in records], pa.large_binary())
+    return to_arrow(RECORD, rows, schema).set_column(
+        schema.get_field_index("blob"), schema.field("blob"), column
+    )
 
 
 def _flat_rows(values: NDArray[np.float32] | None) -> list[NDArray[np.float32]] | None:
@@ -64,37 +68,17 @@ def from_arrow(columns: pa.Table, entry: TaskEntry, metadata: TableMetadata) -> 
     texts = columns["text"].to_pylist()
     common = (columns["id"].to_pylist(), vectors)
     if entry.kind == "labels":
-        labels = len(entry.label_words)
-        return TaskRows(
-            *common,
-            golds=_golds(columns, labels),
-            label_logprobs=_matrix(columns, "label_logprobs", (n, num_layers, labels)),
-            texts=texts,
-        )
-    probed = (n, entry.num_exits)
-    agreement, hits = _agreement_and_hits(columns, probed)
+        shapes = {"plain_probs": (n, num_layers), "full_logprobs": (n, len(entry.labels))}
+        plain: dict[str, Any] = {}
+        if entry.plain_token_ids:
+            plain = {name: _matrix(columns, name, shape) for name, shape in shapes.items()}
+        return TaskRows(*common, golds=_golds(columns, len(entry.labels)), texts=texts, **plain)
     return TaskRows(
         *common,
-        reference_logprob=_matrix(columns, "reference_logprob", probed),
-        agreement=agreement,
-        reference_hits=hits,
+        agreement=_matrix(columns, "agreement", (n, entry.num_exits)),
+        reference_hits=_matrix(columns, "reference_hits", (n, entry.num_exits)),
         texts=texts,
     )
-
-
-def _agreement_and_hits(
-    columns: pa.Table, shape: tuple[int, int]
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Both of that shape; without the latter if older versions made any of the rows."""
-    column, width = columns["agreement"].combine_chunks(), shape[1]
-    if pc.any(pc.greater(column.value_lengths(), width)).as_py():
-        older = pc.equal(column.value_lengths(), width)
-        if not pc.any(older).as_py():
-            both = _matrix(columns, "agreement", (shape[0], 2 * width))
-            return both[:, :width], both[:, width:]
-        position = columns.column_names.index("agreement")
-        columns = columns.set_column(position, "agreement", pc.list_slice(column, 0, width))
-    return _matrix(columns, "agreement", shape), None
 
 
 def vectors_of(columns: pa.Table, metadata: TableMetadata) -> NDArray[np.float32]:

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 def commit(exits: Any, edit: Edit) -> None:
     """Carries out `edit` on the latest version of a LanceDB table, whose handle then shows it."""
     replaced = {**edit.records, CHANGE: Change(edit.what).to_json()}
-    records = records_to_arrow({**edit.new_records, **replaced}, exits.schema)
+    records = records_to_arrow({**edit.new_records, **replaced}, exits.schema, edit.blobs)
     source = records if edit.rows is None else pa.concat_tables([edit.rows, records])
     where = f"target.task = '{RECORD}' AND target.id IN ({sql_list(list(replaced))})"
     merge = exits.merge_insert(["id", "task"])

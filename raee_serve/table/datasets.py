@@ -46,7 +46,7 @@ class LocalSet:
 class HubSet:
     """A data set for `datasets.load_dataset(path, config)`.
 
-    labels: the gold field's values in the order of the task's label words; empty where the
+    labels: the gold field's values in the order of the task's labels; empty where the
         field already holds that order's index.
     """
 
@@ -200,8 +200,8 @@ def _check_gold(task: Task, where: str, gold: object) -> None:
     if task.kind == "free-text":
         if not isinstance(gold, str) or not gold.strip():
             raise TaskError(f"{where}: the reference must be non-empty text, got {gold!r}")
-    elif type(gold) is not int or not 0 <= gold < len(task.label_words):
+    elif type(gold) is not int or not 0 <= gold < len(task.labels):
         raise TaskError(
             f"{where}: label {gold!r} of task {task.name} is not an index within "
-            f"0..{len(task.label_words) - 1}"
+            f"0..{len(task.labels) - 1}"
         )

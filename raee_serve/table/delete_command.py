@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from raee_serve.errors import RaeeError
+from raee_serve.table.build import complete
 from raee_serve.table.store import ExitTable
 
 STDIN = "-"
@@ -19,12 +20,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Delete all of them or, if one is not there, none."""
+    """Delete all of them or, if one is not there, none; then fit the rows that are left."""
     ids = [*args.id, *(_listed(args.ids) if args.ids else [])]
     if not ids:
         raise RaeeError("no row ids given; use --id ID or --ids FILE")
     table = ExitTable.open(args.table)
+    touched = [name for name in table.metadata.tasks if not table.row_ids(name).isdisjoint(ids)]
     table.delete_rows(ids)
+    for name in touched:
+        if table.count(name):
+            complete(table, name)
     print(f"deleted {len(set(ids))} rows; {table.count_rows()} rows left, version {table.version}")
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
+from raee_serve.exits.choice import Choice
+from raee_serve.exits.fit import TaskFit
 from raee_serve.table.records import (
     RECORD,
+    built_id,
+    built_record,
     choice_id,
     choice_record,
-    records_of,
     task_id,
     task_record,
 )
-from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry
+from raee_serve.table.schema import Built, TableMetadata, TaskEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class Edit:
     what: said of it in the table's history.
     rows: added where there is none of the same id and shelf yet.
     records: by id, put in the place of those that are there; new_records: only where there is none.
+    blobs: bytes beside some of the records, by the same ids.
     delete: SQL condition; rows and records that meet it go, save those that are part of the edit.
     """
 
@@ -32,19 +36,15 @@ class Edit:
     rows: pa.Table | None = None
     records: Mapping[str, str] = field(default_factory=dict)
     new_records: Mapping[str, str] = field(default_factory=dict)
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
     delete: str | None = None
-
-
-def take_over(metadata: TableMetadata) -> Edit:
-    """The records of a table of format 1."""
-    return Edit("taken over from format 1", new_records=records_of(metadata))
 
 
 def add_task(entry: TaskEntry) -> Edit:
     return Edit(f"task {entry.name} added", new_records={task_id(entry.name): task_record(entry)})
 
 
-def choose(choices: Mapping[str, RuleChoice], metadata: TableMetadata) -> Edit:
+def choose(choices: Mapping[str, Choice], metadata: TableMetadata) -> Edit:
     records = {
         choice_id(name): choice_record(choice, metadata.tasks[name])
         for name, choice in choices.items()
@@ -52,8 +52,20 @@ def choose(choices: Mapping[str, RuleChoice], metadata: TableMetadata) -> Edit:
     return Edit(f"{', '.join(choices)}: calibrated", records=records)
 
 
-def replace_rows(entry: TaskEntry, count: int, surplus: Collection[str]) -> Edit:
-    """The task's rows are from now on the `count` ones on the entry's shelf, less the surplus ids.
+def finish(entry: TaskEntry, built: Built, fit: TaskFit | None) -> Edit:
+    """The rows on the entry's shelf are complete, and this is the fit to them."""
+    record = built_id(entry.name)
+    return Edit(
+        f"{entry.name}: {built.rows} rows, " + ("fitted" if fit else "no probes"),
+        records={record: built_record(built, entry)},
+        blobs={} if fit is None else {record: fit.to_bytes()},
+    )
+
+
+def replace_rows(
+    entry: TaskEntry, built: Built, fit: TaskFit | None, surplus: Collection[str]
+) -> Edit:
+    """The task's rows are from now on the ones on the entry's shelf, less the surplus ids.
 
     The calibrated choice, which was made from the old rows, goes with them.
     """
@@ -61,15 +73,17 @@ def replace_rows(entry: TaskEntry, count: int, surplus: Collection[str]) -> Edit
     gone = [others, f"task = '{RECORD}' AND id = '{choice_id(entry.name)}'"]
     if surplus:
         gone.append(f"task = '{entry.shelf}' AND id IN ({sql_list(sorted(surplus))})")
-    return Edit(
-        f"{entry.name}: replaced by {count} rows",
-        records={task_id(entry.name): task_record(entry)},
+    finished = finish(entry, built, fit)
+    return replace(
+        finished,
+        what=f"{entry.name}: replaced by {built.rows} rows",
+        records={task_id(entry.name): task_record(entry), **finished.records},
         delete=" OR ".join(f"({condition})" for condition in gone),
     )
 
 
 def drop_task(name: str) -> Edit:
-    ids = sql_list([task_id(name), choice_id(name)])
+    ids = sql_list([task_id(name), choice_id(name), built_id(name)])
     records = f"task = '{RECORD}' AND id IN ({ids})"
     return Edit(f"task {name} dropped", delete=f"{all_shelves(name)} OR ({records})")
 
@@ -91,7 +105,7 @@ def on_shelves(shelves: Sequence[str]) -> str:
 
 def all_shelves(name: str) -> str:
     """Condition: a row of that task, seen or not."""
-    # Task names come from the registry and hold no quotes.
+    # Task names hold no quotes, see `Task`.
     return f"(task = '{name}' OR starts_with(task, '{name}/'))"
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
+from raee_serve.exits.shrinkage import kept_quality
 from raee_serve.records import EXIT_HEADS
-from raee_serve.table.evidence import evidence_of, free_text_quality, kept_quality
-from raee_serve.table.schema import TaskEntry
+from raee_serve.table.evidence import free_text_quality
+from raee_serve.table.schema import TaskEntry, TaskRows, shortened
 from raee_serve.table.store import ExitTable
 
 
@@ -36,22 +37,28 @@ def describe(uri: str) -> Iterator[str]:
 
 
 def _describe_task(table: ExitTable, entry: TaskEntry) -> Iterator[str]:
-    rows = table.rows(entry.name)
-    answers = ", ".join(entry.label_words) or "free text"
+    rows, built = table.rows(entry.name), table.metadata.built.get(entry.name)
+    answers = shortened(entry.labels) or "free text"
     yield f"{entry.name}: {len(rows)} rows, template {entry.version}, {answers}"
+    if built is None:
+        yield "  its build has not finished, so nobody is served by it"
+    elif built.no_fit and entry.kind == "labels":
+        yield f"  no probes: {built.no_fit}"
     if choice := table.metadata.choices.get(entry.name):
         yield f"  calibrated: {choice}"
-    if len(rows):
-        evidence = evidence_of(rows, entry, table.metadata.backbone.num_layers)
-        right = (evidence > 0).mean(axis=0)
-        rates = "  ".join(f"{layer}: {right[layer - 1]:.0%}" for layer in entry.layers)
-        yield f"  rows answered correctly at layer  {rates}"
+    if fit := table.fit(entry.name):
+        yield f"  probes {fit.digest}, rows answered correctly (out of fold) at layer"
+        right = zip(fit.layers, fit.is_right.mean(axis=0), strict=True)
+        yield "  " + "  ".join(f"{layer}: {share:.0%}" for layer, share in right)
     if len(rows) and entry.kind == "free-text":
-        quality = free_text_quality(rows, entry, table.metadata.backbone.num_layers)
-        kept = kept_quality(quality)
-        for head, layers, shares in zip(
-            EXIT_HEADS, (entry.layers, entry.shortcut_layers), kept, strict=True
-        ):
-            if layers:
-                rates = "  ".join(f"{layer}: {shares[layer - 1]:.0%}" for layer in layers)
-                yield f"  quality kept by the {head} head at layer  {rates}"
+        yield from _describe_quality(rows, entry, table.metadata.backbone.num_layers)
+
+
+def _describe_quality(rows: TaskRows, entry: TaskEntry, num_layers: int) -> Iterator[str]:
+    kept = kept_quality(free_text_quality(rows, entry, num_layers))
+    for head, layers, shares in zip(
+        EXIT_HEADS, (entry.layers, entry.shortcut_layers), kept, strict=True
+    ):
+        if layers:
+            rates = "  ".join(f"{layer}: {shares[layer - 1]:.0%}" for layer in layers)
+            yield f"  quality kept by the {head} head at layer  {rates}"

@@ -24,6 +24,8 @@ from raee_serve.shortcuts import Shortcuts
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """Of a backbone's weights, by what commands call them."""
+HALF_MAX = 65504.0
+"""Largest number of float16."""
 HEAD_ROWS = 128
 """Positions put through the whole LM head at a time: times a 262,144-word vocabulary in float32
 that is 134 MB."""
@@ -72,23 +74,25 @@ class LayerProbe:
             torch.cuda.synchronize(self.device)  # so that its time is its own
 
     @torch.inference_mode()
-    def label_logprobs(
-        self, prompts: Sequence[Sequence[int]], label_token_ids: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """[n, num_layers, num_labels]: log-softmax over the label tokens after each prompt.
+    def label_states(
+        self, prompts: Sequence[Sequence[int]], layers: Sequence[int], token_ids: Sequence[int]
+    ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        """The states that label probes read, and what the plain head makes of them.
 
         prompts: n lists of token ids, none empty, none longer than `max_length`.
+        Returns [n, len(layers), hidden_size], the last position's states at `layers` after the
+        final norm, and [n, num_layers, len(token_ids)], log-softmax over these tokens.
         """
         rows = torch.arange(len(prompts))
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])
         every_layer = range(1, self.num_layers + 1)
         with self._capture(every_layer, lambda state: state[rows, last]) as states:
             self.bare_forward(prompts)
-        hidden = torch.stack([states[layer] for layer in every_layer], dim=1)
-        logits = self._logits(hidden, self._head[list(label_token_ids)])
+        hidden = self._decoder.norm(torch.stack([states[layer] for layer in every_layer], dim=1))
+        logits = self._capped(functional.linear(hidden, self._head[list(token_ids)]))
         logprobs = logits.log_softmax(dim=-1).cpu().numpy()
-        assert logprobs.shape == (len(prompts), self.num_layers, len(label_token_ids))
-        return logprobs
+        chosen = hidden[:, [layer - 1 for layer in layers]].float().clamp(-HALF_MAX, HALF_MAX)
+        return chosen.to(torch.float16).cpu().numpy(), logprobs
 
     @torch.inference_mode()
     def states(
@@ -106,7 +110,7 @@ class LayerProbe:
     def top_tokens(self, states: Tensor) -> Tensor:
         """[n, hidden] states before the final norm -> [n] most probable tokens."""
         states = states.to(self.device, self.dtype)
-        return torch.cat([self._logits(s, self._head).argmax(1) for s in states.split(HEAD_ROWS)])
+        return torch.cat([self._logits(s).argmax(1) for s in states.split(HEAD_ROWS)])
 
     @torch.inference_mode()
     def reference_scores(
@@ -114,13 +118,12 @@ class LayerProbe:
         prompts: Sequence[Sequence[int]],
         references: Sequence[Sequence[int]],
         layers: Sequence[int],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-        """Teacher-forced scores of each prompt's reference at `layers`, full depth last, and then
-        through each of the shortcuts.
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """How each prompt's reference, taken as given, fares at `layers`, full depth last, and
+        then through each of the shortcuts.
 
-        Returns the mean log-probability of the reference's tokens, and the shares of its positions
-        at which the exit's most probable token is full depth's, and the reference's: all
-        [n, exits].
+        Returns the shares of its positions at which the exit's most probable token is full
+        depth's, and the reference's: both [n, exits].
         """
         assert layers[-1] == self.num_layers, f"full depth is not the last of {layers}"
         sequences = [[*p, *r[:-1]] for p, r in zip(prompts, references, strict=True)]
@@ -137,14 +140,10 @@ class LayerProbe:
             self.bare_forward(sequences)
         exits = [states[layer] for layer in layers]
         exits += [maps[layer].to(self.device, self.dtype)(states[layer]) for layer in maps]
-        scores = [self._token_scores(exit, targets) for exit in exits]
-        logprobs = torch.stack([logprob for logprob, _ in scores], dim=1)
-        tops = torch.stack([top for _, top in scores], dim=1)
+        tops = torch.stack([self.top_tokens(exit) for exit in exits], dim=1)
         agreement = (tops == tops[:, len(layers) - 1, None]).float()
         hits = (tops == targets[:, None]).float()
-        means = (mean_per_row(values, lengths) for values in (logprobs, agreement, hits))
-        logprob, agreed, hit = means
-        return logprob, agreed, hit
+        return mean_per_row(agreement, lengths), mean_per_row(hits, lengths)
 
     def _pad(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """[n, longest], padded on the right.
@@ -180,20 +179,14 @@ class LayerProbe:
             for handle in handles:
                 handle.remove()
 
-    def _logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """[..., hidden] -> [..., len(head)] float32, capped as the model caps its own."""
-        logits = functional.linear(self._decoder.norm(hidden), head).float()
-        return logits if self._softcap is None else self._softcap * (logits / self._softcap).tanh()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary] float32."""
+        return self._capped(functional.linear(self._decoder.norm(hidden), self._head))
 
-    def _token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """[positions, hidden], [positions] -> log-probability of each target, and the top token."""
-        logprobs, tops = [], []
-        for states, chunk in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-            logits = self._logits(states, self._head)
-            own = logits.gather(1, chunk[:, None])[:, 0]
-            logprobs.append(own - logits.logsumexp(dim=1))
-            tops.append(logits.argmax(dim=1))
-        return torch.cat(logprobs), torch.cat(tops)
+    def _capped(self, logits: Tensor) -> Tensor:
+        """In float32, capped as the model caps its own."""
+        logits = logits.float()
+        return logits if self._softcap is None else self._softcap * (logits / self._softcap).tanh()
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -62,6 +62,19 @@ class ChatPrompt:
 Prompt = CompletionPrompt | ChatPrompt
 
 
+def described_prompt(prompt: Prompt) -> tuple[str, str]:
+    """("completion" or "chat", template), which `prompt_of` takes."""
+    return ("chat" if isinstance(prompt, ChatPrompt) else "completion"), prompt.template
+
+
+def prompt_of(kind: str, template: str) -> Prompt:
+    """Raises TaskError for another kind than these two, or a template without its slot."""
+    kinds: dict[str, type[Prompt]] = {"chat": ChatPrompt, "completion": CompletionPrompt}
+    if kind not in kinds:
+        raise TaskError(f"prompt kind {kind!r}; allowed: {', '.join(kinds)}")
+    return kinds[kind](template)
+
+
 def _check_template(template: str) -> None:
     if template.count(SLOT) != 1:
         raise TaskError(f"prompt template {template!r} must hold {SLOT} exactly once")

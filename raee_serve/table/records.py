@@ -1,25 +1,25 @@
 """Records: what an exit table holds beside its rows, as JSON, each in a row of its own.
 
 They lie in the same LanceDB table as the rows, so that one commit changes both and one version is
-rows, tasks and calibrated choices together.
+rows, tasks, fits and calibrated choices together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from uuid import uuid4
 
 from raee_serve.errors import TableError
+from raee_serve.exits.choice import Choice
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.table.schema import (
-    DEFAULT_QUALITY,
     FORMAT,
     METRIC,
+    Built,
     EncoderIdentity,
-    RuleChoice,
     TableMetadata,
     TaskEntry,
 )
@@ -35,6 +35,10 @@ def task_id(name: str) -> str:
 
 def choice_id(name: str) -> str:
     return f"choice {name}"
+
+
+def built_id(name: str) -> str:
+    return f"built {name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,69 +82,60 @@ def binding_record(metadata: TableMetadata) -> str:
 
 
 def task_record(entry: TaskEntry) -> str:
-    """Without what it has nothing of, for older versions know no shortcuts."""
-    optional = ("shortcut_layers", "shortcuts")
-    return json.dumps({k: v for k, v in asdict(entry).items() if v or k not in optional})
+    return json.dumps(asdict(entry))
 
 
-def choice_record(choice: RuleChoice, entry: TaskEntry) -> str:
-    """A choice is bound to the rows it was made from. Older versions know no quality."""
-    own = asdict(choice)
-    if choice.quality == DEFAULT_QUALITY:
-        del own["quality"]
-    return json.dumps({"shelf": entry.shelf, "choice": own})
+def choice_record(choice: Choice, entry: TaskEntry) -> str:
+    """A choice is bound to the rows it was made from."""
+    return json.dumps({"shelf": entry.shelf, "choice": asdict(choice)})
+
+
+def built_record(built: Built, entry: TaskEntry) -> str:
+    """The record beside which a fit lies as bytes; bound to the rows likewise."""
+    return json.dumps({"shelf": entry.shelf, "built": asdict(built)})
 
 
 def metadata_of(records: Mapping[str, str]) -> TableMetadata:
     """Raises TableError if they are not records of this format."""
     try:
         binding = json.loads(records[BINDING])
-        _check_format(binding, FORMAT)
+        _check_format(binding)
         prefix = task_id("")
         entries = [_task_entry(json.loads(records[i])) for i in records if i.startswith(prefix)]
         tasks = {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
-        stored = {name: json.loads(records.get(choice_id(name), "{}")) for name in tasks}
-        choices = {
-            name: RuleChoice(**raw["choice"])
-            for name, raw in stored.items()
-            if raw.get("shelf") == tasks[name].shelf
-        }
-        return _metadata(binding, tasks, choices)
+        choices = _of_rows(records, tasks, choice_id, "choice")
+        built = _of_rows(records, tasks, built_id, "built")
+        return TableMetadata(
+            BackboneIdentity(**binding["backbone"]),
+            EncoderIdentity(**binding["encoder"]),
+            tasks,
+            {name: Choice(**own) for name, own in choices.items()},
+            {name: Built(**own) for name, own in built.items()},
+        )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
         raise TableError(f"metadata cannot be read ({type(e).__name__}: {e})") from e
 
 
-def metadata_of_format_1(text: str) -> TableMetadata:
-    """From the one JSON text of a table of format 1. Raises TableError if it is none."""
-    try:
-        raw = json.loads(text)
-        _check_format(raw, 1)
-        entries = {
-            name: _task_entry(entry | {"shelf": name}) for name, entry in raw["tasks"].items()
-        }
-        choices = {n: RuleChoice(**choice) for n, choice in raw.get("choices", {}).items()}
-        return _metadata(raw, entries, choices)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise TableError(f"metadata cannot be read ({type(e).__name__}: {e})") from e
+def _of_rows(
+    records: Mapping[str, str],
+    tasks: Mapping[str, TaskEntry],
+    id_of: Callable[[str], str],
+    key: str,
+) -> dict[str, Any]:
+    """By task: what the records of one kind say of the rows that are there."""
+    stored = {name: json.loads(records.get(id_of(name), "{}")) for name in tasks}
+    return {n: raw[key] for n, raw in stored.items() if raw.get("shelf") == tasks[n].shelf}
 
 
-def _check_format(raw: Mapping[str, Any], number: int) -> None:
+def _check_format(raw: Mapping[str, Any]) -> None:
     found = raw["format"], raw["metric"]
-    if found != (number, METRIC):
+    if found != (FORMAT, METRIC):
         raise TableError(
-            f"format and metric are {found}; this version reads formats 1 and {FORMAT}, {METRIC}"
+            f"format and metric are {found}; this version reads {FORMAT}, {METRIC}. Build the "
+            "table anew (raee-serve build)"
         )
 
 
-def _metadata(
-    raw: Mapping[str, Any], tasks: Mapping[str, TaskEntry], choices: Mapping[str, RuleChoice]
-) -> TableMetadata:
-    return TableMetadata(
-        BackboneIdentity(**raw["backbone"]), EncoderIdentity(**raw["encoder"]), tasks, choices
-    )
-
-
 def _task_entry(raw: Mapping[str, Any]) -> TaskEntry:
-    lists = ("label_words", "label_token_ids", "layers", "shortcut_layers")
-    fields: dict[str, Any] = {key: tuple(v) if key in lists else v for key, v in raw.items()}
+    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}
     return TaskEntry(**fields)

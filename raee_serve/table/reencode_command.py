@@ -16,15 +16,18 @@ from tqdm import tqdm
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import beside_table, find_shortcuts
+from raee_serve.table.build import complete
 from raee_serve.table.datasets import add_data_argument, add_words_argument
 from raee_serve.table.key_texts import key_texts
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.table.task import Task
+from raee_serve.table.tasks import TASKS
 
-DESCRIPTION = """Write a table of the same rows with the vectors of another encoder. Exit
-information stays as it is, so no backbone runs. Texts come from the rows, or from the training data
-that they were made of. Calibrated choices were made from the old vectors and are left out."""
+DESCRIPTION = """Write a table of the same rows with the vectors of another encoder. Probes are
+fitted anew to the states that the old table keeps, so no backbone runs. Texts come from the rows,
+or from the training data that they were made of. Calibrated choices were made from the old vectors
+and are left out."""
 AT_ONCE = 512
 
 
@@ -44,7 +47,7 @@ def run(args: Namespace) -> None:
     # Everything cheap that can fail comes before anything is encoded.
     rows = {name: old.rows(name, vectors=False) for name in old.metadata.tasks}
     texts = {
-        name: key_texts(get_task(name), own, args.data, args.words) for name, own in rows.items()
+        name: key_texts(_task(old, name), own, args.data, args.words) for name, own in rows.items()
     }
     encoder = Encoder(args.encoder, threads=torch.get_num_threads())
     # All of it before the new table is there: one that was cut short could be served.
@@ -55,11 +58,25 @@ def run(args: Namespace) -> None:
     for name, own in rows.items():
         new.put_task(old.metadata.tasks[name])
         if len(own):
-            new.add(name, replace(own, vectors=vectors[name]))
+            states = _states(old, name, own.ids)
+            new.add(name, replace(own, vectors=vectors[name], states=states))
+            complete(new, name)
     shortcuts, copy = find_shortcuts(args.table, None), beside_table(args.out)
     if shortcuts is not None and copy is not None:
         shutil.copyfile(shortcuts, copy)
     print(f"raee-serve: {new.count_rows()} rows under {encoder.identity()} in {args.out}")
+
+
+def _task(table: ExitTable, name: str) -> Task:
+    """With its data where it ships with the package."""
+    return TASKS.get(name) or table.metadata.tasks[name].task
+
+
+def _states(table: ExitTable, task: str, ids: Sequence[str]) -> NDArray[np.float16] | None:
+    """[rows, layers, hidden_size] of a label task; None for free text, which needs none."""
+    if table.metadata.tasks[task].kind == "free-text":
+        return None
+    return table.states(task, ids).transpose(1, 0, 2)
 
 
 def _encoded(encoder: Encoder, task: str, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -13,15 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import TaskError
+from raee_serve.exit_points import even_points
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import Shortcuts
 from raee_serve.table.datasets import Example
+from raee_serve.table.evidence import plain_evidence
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.schema import TaskEntry, TaskRows, row_id
 from raee_serve.table.task import Task, answer_token_ids, prompt_text, prompt_token_ids
 
 MAX_REFERENCE_TOKENS = 128
 """Longer references, or ones beyond half the backbone's limit, count by their beginning."""
+MOST_PROBES = 32
+"""Layers that get a probe unless more are asked for, at even distances in a deeper model."""
 FREE_TEXT_DEPTHS = (0.5, 0.625, 0.75, 0.875)
 """Shares of the depth at which free text is probed, besides the last layer but one and full depth:
 each costs the whole LM head at every reference position, and shallower ones agree with nothing."""
@@ -47,8 +51,9 @@ class Item:
 
 Batch = list[Item]
 """Items that go through the backbone together."""
-Scores = tuple[NDArray[np.float32], ...]
-"""Label tasks: label log-probabilities; free text: reference log-probabilities, agreement, hits."""
+Scores = tuple[NDArray[Any], ...]
+"""Label tasks: states, and log-probabilities of the labels at every layer; free text: agreement
+with full depth, and hits of the reference."""
 
 
 class ReadsPrompts(Protocol):
@@ -66,14 +71,20 @@ class ReadsPrompts(Protocol):
 class ItemMaker:
     """Examples of one task as a backbone's server will see them."""
 
-    def __init__(self, task: Task, backbone: ReadsPrompts) -> None:
-        """Raises TaskError if the label words cannot be told apart by their first tokens."""
+    def __init__(self, task: Task, backbone: ReadsPrompts, probe_layers: int = MOST_PROBES) -> None:
+        """probe_layers: how many layers get a probe at most.
+
+        Raises TaskError if a label merges into the prompt's end.
+        """
         self._task = task
         self._backbone = backbone
-        label_ids, depth = task.label_token_ids(backbone.tokenizer), backbone.num_layers
-        layers = tuple(range(1, depth + 1)) if label_ids else free_text_layers(depth)
-        shortcuts = None if label_ids else backbone.shortcuts
-        self.entry = TaskEntry.of(task, label_ids, layers, shortcuts)
+        depth, is_labelled = backbone.num_layers, task.kind == "labels"
+        self.entry = TaskEntry.of(
+            task,
+            task.plain_token_ids(backbone.tokenizer) if is_labelled else (),
+            even_points(depth, probe_layers) if is_labelled else free_text_layers(depth),
+            None if is_labelled else backbone.shortcuts,
+        )
 
     def id(self, example: Example) -> str:
         return row_id(self._task.name, example.text, example.gold)
@@ -116,7 +127,7 @@ class RowMaker:
         """What the backbone's layers say about one batch: arrays of one row an item."""
         prompts = [item.prompt for item in batch]
         if self.entry.kind == "labels":
-            return (probe.label_logprobs(prompts, self.entry.label_token_ids),)
+            return probe.label_states(prompts, self.entry.layers, self.entry.plain_token_ids)
         references = [item.reference for item in batch]
         return probe.reference_scores(prompts, references, self.entry.layers)
 
@@ -126,20 +137,18 @@ class RowMaker:
         """vectors: of all items; scores: of each batch."""
         items = [item for batch in batches for item in batch]
         ids, texts = [item.id for item in items], [item.example.text for item in items]
-        columns = [np.concatenate(parts) for parts in zip(*scores, strict=True)]
+        first, second = (np.concatenate(parts) for parts in zip(*scores, strict=True))
         kept_texts = texts if self.store_text else None
-        if self.entry.kind == "labels":
-            golds = np.array([item.example.gold for item in items], np.int32)
-            return TaskRows(ids, vectors, golds, label_logprobs=columns[0], texts=kept_texts)
-        logprob, agreement, hits = columns
-        return TaskRows(
-            ids,
-            vectors,
-            reference_logprob=logprob,
-            agreement=agreement,
-            reference_hits=hits,
-            texts=kept_texts,
-        )
+        if self.entry.kind == "free-text":
+            return TaskRows(ids, vectors, agreement=first, reference_hits=second, texts=kept_texts)
+        golds = np.array([item.example.gold for item in items], np.int32)
+        plain: dict[str, Any] = {}
+        if self.entry.plain_token_ids:
+            plain = {
+                "plain_probs": plain_evidence(second, golds),
+                "full_logprobs": second[:, -1],
+            }
+        return TaskRows(ids, vectors, golds, states=first, texts=kept_texts, **plain)
 
 
 def free_text_layers(num_layers: int) -> tuple[int, ...]:

@@ -13,15 +13,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raee_serve.errors import BindingError
+from raee_serve.exits.choice import Choice
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.shortcuts import Shortcuts
+from raee_serve.table.prompts import described_prompt, prompt_of
 from raee_serve.table.task import Kind, Task
 
-DEFAULT_QUALITY = 0.95
-FORMAT = 2
-"""Raised whenever rows or metadata change in a way older readers would misread. 1 kept its metadata
-in a LanceDB table of their own; it is read still, and becomes 2 with the first change."""
+FORMAT = 3
+"""Raised whenever rows or metadata change in a way older readers would misread."""
 METRIC = "cosine"
+NAMED_LABELS = 6
 REMEDY = "replace its rows (build --replace) or drop the task (table drop)"
 
 
@@ -34,10 +35,12 @@ def row_schema(dimension: int) -> pa.Schema:
             pa.field("task", pa.string(), nullable=False),  # TaskEntry.shelf
             pa.field("vector", pa.list_(pa.float32(), dimension), nullable=False),
             pa.field("gold", pa.int32()),  # label index
-            pa.field("label_logprobs", floats),  # num_layers * num_labels, layer-major
-            pa.field("reference_logprob", floats),  # free text: mean per probed exit
-            pa.field("agreement", floats),  # free text: per probed exit, then its reference hits
-            pa.field("text", pa.string()),  # the key text, if asked for
+            pa.field("plain_probs", floats),  # labels: per layer, by the plain head
+            pa.field("full_logprobs", floats),  # labels: per label, full depth's plain head
+            pa.field("agreement", floats),  # free text: per probed exit
+            pa.field("reference_hits", floats),  # free text: per probed exit
+            pa.field("text", pa.string()),  # the key text, if asked for; of records their JSON
+            pa.field("blob", pa.large_binary()),  # of records that hold a fit
         ]
     )
 
@@ -54,12 +57,16 @@ class TaskRows:
     ids: n row ids
     vectors: [n, dimension] float32, L2-normalised
     golds: [n] int32, label indices
-    label_logprobs: [n, num_layers, num_labels] float32, log-softmax over the label words
-    reference_logprob: [n, num_exits] float32, mean over the reference's tokens
+    plain_probs: [n, num_layers] float32, probability of the gold label by the plain head where it
+        gives that label, else 0; None where the plain head cannot tell the labels apart
+    full_logprobs: [n, num_labels] float32, log-probabilities of the labels by full depth's plain
+        head; None likewise
+    states: [n, layers, hidden_size] float16, after the final norm, at the task's layers; rows that
+        were read have none, see `table.states`
     agreement: [n, num_exits] float32 within 0..1, share of positions where the exit's most
         probable token is full depth's
     reference_hits: [n, num_exits] float32 within 0..1, share of positions where it is the
-        reference's; None if a row was made before they were recorded
+        reference's
     Exits are the task's `layers` with the plain head, then its `shortcut_layers`.
     texts: key texts, or None if they are not kept
     """
@@ -67,8 +74,9 @@ class TaskRows:
     ids: list[str]
     vectors: NDArray[np.float32]
     golds: NDArray[np.int32] | None = None
-    label_logprobs: NDArray[np.float32] | None = None
-    reference_logprob: NDArray[np.float32] | None = None
+    plain_probs: NDArray[np.float32] | None = None
+    full_logprobs: NDArray[np.float32] | None = None
+    states: NDArray[np.float16] | None = None
     agreement: NDArray[np.float32] | None = None
     reference_hits: NDArray[np.float32] | None = None
     texts: list[str] | None = None
@@ -105,9 +113,11 @@ class EncoderIdentity:
 
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
-    """What the table records about one of its tasks.
+    """What the table records about one of its tasks: enough to serve it.
 
-    version: Task.version at build time; layers: the probed ones, ascending, full depth last.
+    prompt: "completion" or "chat", and the template. version: Task.version at build time.
+    plain_token_ids: see `Task.plain_token_ids`.
+    layers: the probed ones, ascending, full depth last.
     shortcut_layers: those at which free text was probed through a shortcut too, ascending;
         shortcuts: the digest of these shortcuts, empty without any.
     shelf: what stands in the `task` column of its rows; the table gives it. Replaced rows go to a
@@ -115,10 +125,10 @@ class TaskEntry:
     """
 
     name: str
+    prompt: tuple[str, str]
     version: str
-    kind: Kind
-    label_words: tuple[str, ...]
-    label_token_ids: tuple[int, ...]
+    labels: tuple[str, ...]
+    plain_token_ids: tuple[int, ...]
     layers: tuple[int, ...]
     shelf: str = field(default="", compare=False)
     shortcut_layers: tuple[int, ...] = ()
@@ -128,21 +138,30 @@ class TaskEntry:
     def of(
         cls,
         task: Task,
-        label_token_ids: tuple[int, ...],
+        plain_token_ids: tuple[int, ...],
         layers: tuple[int, ...],
         shortcuts: Shortcuts | None = None,
     ) -> TaskEntry:
         short = ((), "") if shortcuts is None else (shortcuts.layers, shortcuts.digest)
         return cls(
             task.name,
+            described_prompt(task.prompt),
             task.version,
-            task.kind,
-            task.label_words,
-            label_token_ids,
+            task.labels,
+            plain_token_ids,
             layers,
             shortcut_layers=short[0],
             shortcuts=short[1],
         )
+
+    @property
+    def task(self) -> Task:
+        """The task itself, without its data."""
+        return Task(self.name, prompt_of(*self.prompt), self.labels)
+
+    @property
+    def kind(self) -> Kind:
+        return "labels" if self.labels else "free-text"
 
     @property
     def num_exits(self) -> int:
@@ -151,37 +170,35 @@ class TaskEntry:
 
     def on_shelf(self, number: int) -> TaskEntry:
         """A copy whose rows go to the shelf of that number; entries that differ share none."""
-        shape = [self.version, self.kind, self.label_words, self.label_token_ids, self.layers]
+        shape = [self.version, self.labels, self.plain_token_ids, self.layers]
         shape += [self.shortcuts] if self.shortcuts else []
         digest = hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
         return replace(self, shelf=f"{self.name}/{digest}/{number}")
 
 
 @dataclass(frozen=True, slots=True)
-class RuleChoice:
-    """How exits of a task are chosen; see `retrieval.aggregate`.
+class Built:
+    """What the last finished build made of a task's rows; before that nobody reads them.
 
-    vote_weight: of fused exits. quality: share of full depth's that the rule of that name keeps.
+    rows: how many it had. no_fit: why these rows have no probes; empty where they have.
     """
 
-    rule: str
-    k: int
-    fraction: float
-    vote_weight: float
-    quality: float = DEFAULT_QUALITY
+    rows: int
+    no_fit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TableMetadata:
     """The binding of a table: one backbone, one encoder, a template version per task.
 
-    choices: what `raee-serve calibrate` stored, by task.
+    choices: what `raee-serve calibrate` stored, by task. built: of the tasks that are complete.
     """
 
     backbone: BackboneIdentity
     encoder: EncoderIdentity
     tasks: Mapping[str, TaskEntry] = field(default_factory=dict)
-    choices: Mapping[str, RuleChoice] = field(default_factory=dict)
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    built: Mapping[str, Built] = field(default_factory=dict)
     metric: str = METRIC
     format: int = FORMAT
 
@@ -225,14 +242,22 @@ class TableMetadata:
         if entry is not None and entry.version != task.version:
             raise BindingError(
                 f"exit table {where} holds task {task.name} with prompt template version "
-                f"{entry.version} (label words {entry.label_words}), not {task.version} "
-                f"(label words {task.label_words}); {REMEDY}"
+                f"{entry.version} (labels {shortened(entry.labels)}), not {task.version} "
+                f"(labels {shortened(task.labels)}); {REMEDY}"
             )
+
+
+def shortened(labels: Sequence[str]) -> str:
+    """For a message: the labels, or of many the first few and their number."""
+    first = ", ".join(labels[:NAMED_LABELS])
+    return (
+        first if len(labels) <= NAMED_LABELS else f"{first} and {len(labels) - NAMED_LABELS} more"
+    )
 
 
 def _described(entry: TaskEntry) -> str:
     at = f" at {entry.shortcut_layers}" if entry.shortcuts else ""
     return (
-        f"template version {entry.version}, label words {entry.label_words}, their tokens "
-        f"{entry.label_token_ids}, layers {entry.layers}, shortcuts {entry.shortcuts or 'none'}{at}"
+        f"template version {entry.version}, labels {shortened(entry.labels)}, layers "
+        f"{entry.layers}, shortcuts {entry.shortcuts or 'none'}{at}"
     )

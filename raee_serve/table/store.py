@@ -18,6 +18,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raee_serve.errors import BindingError, RaeeError, TableError
+from raee_serve.exits.choice import Choice
+from raee_serve.exits.fit import TaskFit
 from raee_serve.table import edits
 from raee_serve.table.columns import VECTOR, from_arrow, records_to_arrow, to_arrow, vectors_of
 from raee_serve.table.commit import commit, patiently
@@ -28,11 +30,12 @@ from raee_serve.table.records import (
     CHANGE,
     RECORD,
     Change,
+    built_id,
     metadata_of,
-    metadata_of_format_1,
     records_of,
 )
-from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, TaskRows, row_schema
+from raee_serve.table.schema import Built, TableMetadata, TaskEntry, TaskRows, row_schema
+from raee_serve.table.states import States, StateStore
 from raee_serve.table.versions import (
     KEEP,
     Version,
@@ -43,8 +46,6 @@ from raee_serve.table.versions import (
 )
 
 EXITS = "exits"
-METADATA = "metadata"
-"""The second LanceDB table of format 1, one row of JSON."""
 NAMED_IDS = 5
 """Unknown row ids that an error names."""
 
@@ -58,6 +59,7 @@ class ExitTable:
     def __init__(self, uri: str, database: Any) -> None:
         self.uri = uri
         self._database = database
+        self._states = StateStore(database)
         self._put: dict[str, TaskEntry] = {}  # tasks as they were when they were put through here
         self._staged: dict[str, TaskEntry] = {}  # tasks whose rows are being replaced through here
         with _naming(uri, "cannot read it"):
@@ -65,7 +67,10 @@ class ExitTable:
             self._read_metadata()
             expected = row_schema(self.metadata.encoder.dimension)
             if not self._exits.schema.equals(expected):
-                raise TableError(f"columns are\n{self._exits.schema}\nexpected\n{expected}")
+                raise TableError(
+                    f"its columns are {self._exits.schema.names}, expected {expected.names}; "
+                    "build it anew"
+                )
 
     @classmethod
     def open(cls, uri: str) -> ExitTable:
@@ -116,7 +121,7 @@ class ExitTable:
             self.metadata.check_same(entry, self.uri)  # another writer may have come first
         self._put[entry.name] = self.metadata.tasks[entry.name]
 
-    def put_choices(self, choices: Mapping[str, RuleChoice]) -> None:
+    def put_choices(self, choices: Mapping[str, Choice]) -> None:
         """Records how exits of some of its tasks are to be chosen, as their rows are seen here:
         with rows that another writer has replaced a choice goes, too."""
         self._commit(edits.choose(choices, self.metadata))
@@ -127,7 +132,10 @@ class ExitTable:
         Raises BindingError if the task has been dropped or replaced by another writer, or if one
         has finished the replacement that these rows are for.
         """
-        entry, staged = self._target(task), task in self._staged
+        entry, staged = self.entry(task), task in self._staged
+        if rows.states is not None:  # before the rows: no row is without its states
+            with _naming(self.uri, "cannot write its states"):
+                self._states.add(entry.shelf, rows.ids, rows.states)
         what = f"{task}: {len(rows)} rows {'made ready' if staged else 'added'}"
         self._commit(Edit(what, rows=to_arrow(entry.shelf, rows, self._exits.schema)))
         if self._is_seen(entry) == staged:
@@ -144,17 +152,53 @@ class ExitTable:
         known = self.metadata.tasks.get(entry.name)
         self._staged[entry.name] = entry.on_shelf(1 + (_number(known.shelf) if known else 0))
 
-    def finish_replace(self, task: str, ids: Collection[str]) -> None:
-        """Puts the rows of these ids in the place of all rows of the task, in one atomic commit.
+    def finish(
+        self,
+        task: str,
+        built: Built,
+        fit: TaskFit | None,
+        replacing: Collection[str] | None = None,
+    ) -> None:
+        """Records that a task is complete, with the fit to its rows, in one atomic commit.
 
-        Its calibrated choice, which was made from the old rows, goes with them. Raises TableError
-        if another writer has removed some of the rows.
+        replacing: ids of the new rows, where they take the place of all rows of the task; its
+        calibrated choice goes with the old ones. Raises TableError if another writer has removed
+        some of the new rows, BindingError if one has dropped or replaced the task.
         """
+        entry = self.entry(task)
+        if replacing is None:
+            self._commit(edits.finish(entry, built, fit))
+            if not self._is_seen(entry):
+                raise BindingError(
+                    f"exit table {self.uri}: task {task} was dropped or replaced by another writer"
+                )
+            return
         self._exits.checkout_latest()
-        there = self._staged_ids(task, ids)
-        self._commit(edits.replace_rows(self._staged[task], len(ids), there - set(ids)))
-        self._staged_ids(task, ids)
+        there = self._staged_ids(task, replacing)
+        self._commit(edits.replace_rows(entry, built, fit, there - set(replacing)))
+        self._staged_ids(task, replacing)
         self._put[task] = self._staged.pop(task)
+
+    def fit(self, task: str) -> TaskFit | None:
+        """What was fitted to a task's rows; None where nothing was, see `Built.no_fit`."""
+        built = self.metadata.built.get(task)
+        if built is None or built.no_fit or self.metadata.tasks[task].kind != "labels":
+            return None
+        with _naming(self.uri, f"fit of task {task}"):
+            record = f"task = '{RECORD}' AND id = {edits.sql_list([built_id(task)])}"
+            [found] = self._exits.search().where(record).select(["blob"]).to_list()
+            return TaskFit.from_bytes(found["blob"])
+
+    def target_rows(self, task: str) -> TaskRows:
+        """All rows among which `add` puts new ones."""
+        entry = self.entry(task)
+        with _naming(self.uri, f"rows of task {task}"):
+            return from_arrow(self._query(entry, None).to_arrow(), entry, self.metadata)
+
+    def states(self, task: str, ids: Sequence[str]) -> States:
+        """[layers, n, hidden_size] of these rows among which `add` puts new ones."""
+        with _naming(self.uri, f"states of task {task}"):
+            return self._states.read(self.entry(task).shelf, ids)
 
     def drop_task(self, task: str) -> None:
         """Removes a task with its rows and its choice. Raises TableError if it is not here."""
@@ -206,10 +250,11 @@ class ExitTable:
         with _naming(self.uri, "cannot compact it"):
             patiently(self._exits, lambda: compact(self._exits, keep))
             self._read_metadata()
+            self._states.forget_others(self._shelves())
 
     def row_ids(self, task: str) -> set[str]:
         """Of the rows among which `add` puts new ones."""
-        return self._ids(self._target(task))
+        return self._ids(self.entry(task))
 
     def count_rows(self) -> int:
         return int(self._exits.count_rows(edits.rows_of(self.metadata)))
@@ -260,8 +305,8 @@ class ExitTable:
         with _naming(self.uri, "cannot index it"):
             self.index.build(kind, self.count_rows())
 
-    def _target(self, task: str) -> TaskEntry:
-        """Where rows of a task are to go."""
+    def entry(self, task: str) -> TaskEntry:
+        """The task as `add` takes its rows."""
         return self._staged.get(task) or self._put.get(task) or self.metadata.tasks[task]
 
     def _ids(self, entry: TaskEntry) -> set[str]:
@@ -295,26 +340,24 @@ class ExitTable:
         query = self._exits.search().where(edits.on_shelves([entry.shelf]))
         return query.select(columns) if columns else query
 
+    def _shelves(self) -> list[str]:
+        """All that have rows, seen or not."""
+        query = self._exits.search().select(["task"])
+        return sorted(set(query.to_arrow()["task"].to_pylist()))
+
     def _read_metadata(self) -> None:
         records = read_records(self._exits)
-        if BINDING in records:
-            self.metadata, self._format_1 = metadata_of(records), False
-            self._token = Change.of(records).token
-            return
-        if METADATA not in _table_names(self._database):
-            raise TableError("it holds no binding, so its creation was cut short; remove it")
-        stored = self._database.open_table(METADATA).to_arrow().to_pylist()
-        if len(stored) != 1:
-            raise TableError(f"expected one metadata row, found {len(stored)}")
-        self.metadata, self._format_1 = metadata_of_format_1(stored[0]["json"]), True
-        self._token = ""
+        if BINDING not in records:
+            raise TableError(
+                "it holds no binding: it was made by another version, or its creation was cut "
+                "short; build it anew"
+            )
+        self.metadata = metadata_of(records)
+        self._token = Change.of(records).token
 
     def _commit(self, edit: Edit) -> None:
         """Carries out an edit; then its outcome is seen here, with what others did before it."""
         with _naming(self.uri, "cannot change it"):
-            if self._format_1:
-                commit(self._exits, edits.take_over(self.metadata))
-                self._database.drop_table(METADATA, ignore_missing=True)
             commit(self._exits, edit)
             self._read_metadata()
 
@@ -347,5 +390,5 @@ def _table_names(database: Any) -> list[str]:
 
 
 def _number(shelf: str) -> int:
-    """Of a shelf's name; 0 for the only shelf a task had in format 1."""
-    return int(shelf.rpartition("/")[2]) if "/" in shelf else 0
+    """Of a shelf's name."""
+    return int(shelf.rpartition("/")[2])

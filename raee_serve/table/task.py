@@ -1,9 +1,10 @@
-"""A task: a prompt template with label words, or with free text as its answer."""
+"""A task: a prompt template with labels, or with free text as its answer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,38 +14,45 @@ from raee_serve.table.datasets import DemoSet, HubSet, LocalSet
 from raee_serve.table.prompts import Message, Prompt, Rendered
 
 Kind = Literal["labels", "free-text"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Task:
     """What is asked of the backbone about a text.
 
-    label_words: answers in the order of the data's label indices; empty for free text.
+    labels: answers, strings of any length, in the order of the data's label indices; empty for
+        free text.
     local, hub, demo: where its rows can be read from; a demo set ships with the package.
     """
 
     name: str
     prompt: Prompt
-    label_words: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     local: LocalSet | None = None
     hub: HubSet | None = None
     demo: DemoSet | None = None
 
     def __post_init__(self) -> None:
-        if len(self.label_words) == 1 or len(set(self.label_words)) != len(self.label_words):
+        if not NAME.fullmatch(self.name):
             raise TaskError(
-                f"task {self.name}: label words {self.label_words} must be two or more different "
-                "words, or none for free text"
+                f"task name {self.name!r}; allowed: letters, digits, '_' and '-', 64 at most"
+            )
+        is_blank = any(not label.strip() for label in self.labels)
+        if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels) or is_blank:
+            raise TaskError(
+                f"task {self.name}: labels {self.labels} must be two or more different texts, or "
+                "none for free text"
             )
 
     @property
     def kind(self) -> Kind:
-        return "labels" if self.label_words else "free-text"
+        return "labels" if self.labels else "free-text"
 
     @property
     def version(self) -> str:
         """Short hash of everything that shapes a prompt and its answers; binds tables (12 hex)."""
-        shape = [type(self.prompt).__name__, self.prompt.template, list(self.label_words)]
+        shape = [type(self.prompt).__name__, self.prompt.template, list(self.labels)]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
 
     def render(self, text: str) -> Rendered:
@@ -59,26 +67,22 @@ class Task:
         return self.prompt.match(prompt)
 
     def label_texts(self) -> tuple[str, ...]:
-        """The label words as they appear in the output, after completion text with a space."""
-        return tuple(self.answer_text(word) for word in self.label_words)
+        """The labels as they appear in the output, after completion text with a space."""
+        return tuple(map(self.answer_text, self.labels))
 
     def answer_text(self, answer: str) -> str:
         """An answer as it continues the rendered prompt."""
         return self.prompt.label_prefix + answer
 
-    def label_token_ids(self, tokenizer: Any) -> tuple[int, ...]:
-        """The first token of each label word as it continues a prompt.
+    def plain_token_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """The first token of each label as it continues a prompt; empty if labels share one.
 
-        Raises TaskError if two words share that token, or if a word merges into the prompt's end.
+        The plain head tells labels apart by these tokens; probes do not need them. Raises
+        TaskError if a label merges into the prompt's end.
         """
         prompt = prompt_text(tokenizer, self.render("a text"))
-        ids = tuple(_first_new_token(tokenizer, prompt, answer) for answer in self.label_texts())
-        if len(set(ids)) != len(ids):
-            raise TaskError(
-                f"task {self.name}: label words {self.label_words} do not differ in their first "
-                f"token (ids {ids}) under this backbone's tokenizer"
-            )
-        return ids
+        ids = tuple(answer_token_ids(tokenizer, prompt, text)[0] for text in self.label_texts())
+        return ids if len(set(ids)) == len(ids) else ()
 
 
 def prompt_text(tokenizer: Any, rendered: Rendered) -> str:
@@ -112,7 +116,3 @@ def answer_token_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
             "choose a template that ends at a token boundary"
         )
     return list(after[len(before) :])
-
-
-def _first_new_token(tokenizer: Any, prompt: str, answer: str) -> int:
-    return int(answer_token_ids(tokenizer, prompt, answer)[0])

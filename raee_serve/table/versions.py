@@ -10,7 +10,7 @@ from typing import Any
 
 from raee_serve.errors import TableError
 from raee_serve.table.edits import rows_of
-from raee_serve.table.records import BINDING, RECORD, Change, metadata_of
+from raee_serve.table.records import RECORD, Change, metadata_of
 
 KEEP = timedelta(days=7)
 """Any state that the table had within this time can be rolled back to. Readers of it, who may hold
@@ -35,7 +35,7 @@ class Version:
 
 
 def read_records(exits: Any) -> dict[str, str]:
-    """By record id; empty for a table of format 1."""
+    """By record id, without the bytes that lie beside some."""
     found = exits.search().where(f"task = '{RECORD}'").select(["id", "text"]).to_arrow()
     return dict(zip(found["id"].to_pylist(), found["text"].to_pylist(), strict=True))
 
@@ -50,8 +50,6 @@ def list_states(view: Any) -> list[Version]:
     for listed in view.list_versions():
         view.checkout(listed["version"])
         records = read_records(view)
-        if BINDING not in records:  # of format 1, which had its metadata elsewhere
-            continue
         change = Change.of(records)
         if tokens and tokens[-1] == change.token:
             states[-1] = replace(states[-1], number=listed["version"])
@@ -76,10 +74,7 @@ def check_target(view: Any, number: int) -> None:
     if number == latest:
         raise TableError(f"version {number} is the present one")
     view.checkout(number)
-    records = read_records(view)
-    if BINDING not in records:
-        raise TableError(f"version {number} is of format 1, which knew no versions")
-    metadata_of(records)
+    metadata_of(read_records(view))
 
 
 def prune_age(times: Sequence[float], now: float, keep: timedelta) -> timedelta:

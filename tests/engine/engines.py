@@ -15,7 +15,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import StructuredOutputsParams
 
 from raee_serve import vector_math
-from raee_serve.engine.settings import engine_options, exit_args
+from raee_serve.engine.settings import PROBE_KEY, engine_options, exit_args
 from raee_serve.records import ExitHead
 from tests.engine.workload import CHUNK
 
@@ -88,11 +88,29 @@ def generate_at(
     **sampling: Any,
 ) -> list[list[int]]:
     """Greedy tokens of each prompt at its exit, all in one continuous batch."""
-    greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
     exits = zip(exit_layers, heads or ["plain"] * len(exit_layers), strict=True)
-    params = [SamplingParams(**greedy | sampling, extra_args=exit_args(*exit)) for exit in exits]
+    outcomes = generate_with(llm, prompts, [exit_args(*exit) for exit in exits], **sampling)
+    return [outcome["completions"][0]["token_ids"] for outcome in outcomes]
+
+
+def generate_with(
+    llm: LLM,
+    prompts: Sequence[list[int]],
+    extra_args: Sequence[dict[str, Any]],
+    **sampling: Any,
+) -> list[dict[str, Any]]:
+    """What each prompt gets with its `extra_args`, all in one continuous batch.
+
+    Greedy if nothing else is said; those that leave by probe have one token.
+    """
+    fields = {"temperature": 0.0, "ignore_eos": True, "detokenize": False} | sampling
+    one = {"max_tokens": 1}
+    params = [
+        SamplingParams(**fields | (one if PROBE_KEY in args else {}), extra_args=args)
+        for args in extra_args
+    ]
     inputs = [{"prompt_token_ids": p} for p in prompts]
-    return [list(o.outputs[0].token_ids) for o in llm.generate(inputs, params, use_tqdm=False)]
+    return [outcome(output) for output in llm.generate(inputs, params, use_tqdm=False)]
 
 
 def sampling_params(fields: dict[str, Any], exit_layer: int | None = None) -> SamplingParams:

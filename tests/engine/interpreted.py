@@ -29,12 +29,13 @@ def generate_on_v2(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]
     """What engines that start one after the other answer.
 
     jobs: for each engine its "checkpoint", its "changes" to `tiny_engine`'s arguments and its
-        "runs", each the arguments of `generate_at` after the engine. With "graph_sizes" its
-        segments of layers are captured at these sizes, though not as CUDA graphs: a replay calls
-        the captured function again. With "is_compiled" they are of compiled layers.
+        "runs", each the arguments of `generate_at` after the engine, or those of `generate_with` if
+        there are "extra_args". With "graph_sizes" its segments of layers are captured at these
+        sizes, though not as CUDA graphs: a replay calls the captured function again. With
+        "is_compiled" they are of compiled layers. "probes": a file for each probe set to load.
     Scheduling is asynchronous unless the changes say otherwise, as vLLM has it on CUDA.
-    Returns for each run its "tokens", a list a prompt, how many "preemptions" it took, how many of
-    its steps were "replayed", whether scheduling was "async", and how many graphs the engine has
+    Returns for each run its "tokens", a list a prompt, or its "outcomes", how many "preemptions" it took, how many of
+    its steps were "replayed", the shapes of the "logits" that were sampled from, whether scheduling was "async", and how many graphs the engine has
     "compiled".
     """
     done = subprocess.run(
@@ -62,10 +63,17 @@ def run_engine(
     changes: dict[str, Any],
     graph_sizes: Sequence[int] = (),
     is_compiled: bool = False,
+    probes: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     from torch._dynamo.utils import counters
 
-    from tests.engine.engines import generate_at, preemptions, tiny_engine, worker_of
+    from tests.engine.engines import (
+        generate_at,
+        generate_with,
+        preemptions,
+        tiny_engine,
+        worker_of,
+    )
 
     results = []
     counters.clear()
@@ -73,16 +81,22 @@ def run_engine(
     with engine as llm, ExitStack() as while_it_runs:
         worker, replayed = worker_of(llm), []
         warm_up(worker)
+        logits = shapes_of_logits(worker)
+        for set_id, file in (probes or {}).items():
+            llm.collective_rpc("load_probes", args=(set_id, Path(file).read_bytes()))
         if graph_sizes:
             replayed = replay_functions(worker, graph_sizes, is_compiled, while_it_runs)
         is_async = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         for run in runs:
             preempted = preemptions(llm)
             replayed.clear()
-            tokens = generate_at(llm, **run)
+            logits.clear()
+            has_extra_args = "extra_args" in run
+            generate = generate_with if has_extra_args else generate_at
             results.append(
                 {
-                    "tokens": tokens,
+                    "outcomes" if has_extra_args else "tokens": generate(llm, **run),
+                    "logits": list(logits),
                     "preemptions": preemptions(llm) - preempted,
                     "replayed": len(replayed),
                     "async": is_async,
@@ -90,6 +104,20 @@ def run_engine(
                 }
             )
     return results
+
+
+def shapes_of_logits(worker: Any) -> list[tuple[int, ...]]:
+    """Of all logits that the model computes from now on."""
+    model, shapes = worker.model_runner.model, []
+    compute = model.compute_logits
+
+    def noted(hidden_states: Any) -> Any:
+        logits = compute(hidden_states)
+        shapes.append(tuple(logits.shape))
+        return logits
+
+    model.compute_logits = noted
+    return shapes
 
 
 def warm_up(worker: Any) -> None:

@@ -30,6 +30,26 @@ def loaded(checkpoint: Path) -> tuple[PreTrainedModel, torch.nn.ModuleList]:
     return model, model.model.layers
 
 
+def cut(checkpoint: Path, depth: int) -> PreTrainedModel:
+    """The model with its first `depth` layers alone, until it is cut again."""
+    model, layers = loaded(checkpoint)
+    model.model.layers = layers[:depth]
+    model.config.num_hidden_layers = depth
+    return model
+
+
+def last_states(
+    checkpoint: Path, depth: int, prompts: Sequence[Sequence[int]]
+) -> Iterator[torch.Tensor]:
+    """Of each prompt, the state [hidden_size] at its last position: of the model cut to `depth`
+    layers, after the final norm.
+    """
+    model = cut(checkpoint, depth)
+    for prompt in prompts:
+        with torch.inference_mode():
+            yield model.model(torch.tensor([prompt]), use_cache=False).last_hidden_state[0, -1]
+
+
 def greedy_mismatches(
     checkpoint: Path,
     depth: int,
@@ -45,9 +65,7 @@ def greedy_mismatches(
     given all before it, none wrong means the whole greedy sequences are equal.
     Returns (prompt index, token index, logit distance to the best) of each wrong token.
     """
-    model, layers = loaded(checkpoint)
-    model.model.layers = layers[:depth]
-    model.config.num_hidden_layers = depth
+    model = cut(checkpoint, depth)
     wrong = []
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         tokens = torch.tensor([[*prompt, *completion]])

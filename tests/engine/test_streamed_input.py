@@ -56,11 +56,11 @@ def streamed(engine, chunks):
     return answers
 
 
-def as_chunk(engine, tokens, extra_args):
+def as_chunk(engine, tokens, extra_args, max_tokens=NUM_TOKENS):
     """As `AsyncLLM` makes it of a `StreamingInput`."""
     params = SamplingParams(
         temperature=0.0,
-        max_tokens=NUM_TOKENS,
+        max_tokens=max_tokens,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

@@ -4,6 +4,8 @@ import asyncio
 import json
 from argparse import Namespace
 from dataclasses import replace
+from math import log
+from types import SimpleNamespace
 
 import httpx
 from prometheus_client import CollectorRegistry
@@ -12,17 +14,19 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from raee_serve.engine.settings import EXIT_LAYER_KEY
+from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY
 from raee_serve.explanation import Explanation, Neighbour
 from raee_serve.records import ExitDecision, Reason
+from raee_serve.retrieval.retriever import ProbeSet
 from raee_serve.server.access import Access
 from raee_serve.server.admission import Admission
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.gate import Gate
-from raee_serve.server.limits import LabelOutputs
+from raee_serve.server.limits import LabelOutputs, Written
 from raee_serve.server.lookup import LookupBatcher
 from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.middleware import RaeeMiddleware
@@ -30,7 +34,6 @@ from raee_serve.server.reload import Snapshot
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.valves import Valves
 from raee_serve.table.prompts import CompletionPrompt
-from raee_serve.table.schema import RuleChoice
 from raee_serve.table.task import Task
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
@@ -38,26 +41,45 @@ LOOP = asyncio.new_event_loop()
 """That never runs: fake engines are not shut down by it."""
 NUM_LAYERS = 30
 TASK = Task("sst2", CompletionPrompt("{text} It was"), ("terrible", "great"))
-SPELLINGS = {"terrible": 8, "great": 9, " terrible": 10, " great": 11}
-LABELS = LabelOutputs(TASK.label_words, TASK.label_texts(), (10, 11), True, SPELLINGS)
+OWN = (Written(" terrible", (10,)), Written(" great", (11,)))
+BARE = (Written("terrible", (8, 81)), Written("great", (9,)))
+LABELS = LabelOutputs(
+    names=TASK.labels,
+    own=OWN,
+    spellings={label.text: (n % 2, label) for n, label in enumerate(OWN + BARE)},
+    plain_token_ids=(10, 11),
+    is_fitted=True,
+)
 EXPLANATION = Explanation(
     neighbours=(Neighbour("row-a", 0.25, "great"), Neighbour("row-b", 0.5, "terrible")),
-    scores={"plain": (0.0,) * 4 + (1.25,) + (0.75,) * (NUM_LAYERS - 5)},
-    choice=RuleChoice("earliest", 2, 0.95, 2.0),
+    expected={"probe": (0.0,) * 4 + (0.95,) + (0.75,) * (NUM_LAYERS - 5)},
+    choice=SimpleNamespace(k=2, budget=0.95),
     max_distance=0.6,
     min_layer=1,
+    certainty=0.7,
 )
-DECISION = ExitDecision(5, NUM_LAYERS, Reason.RETRIEVED, "sst2", 0.25)
+PLAIN = ExitDecision(5, NUM_LAYERS, Reason.RETRIEVED, "sst2", 0.25)
+DECISION = replace(PLAIN, head="probe", probe="sst2/5", label_scores=(0.5, -0.5))
+PROBES = ProbeSet("set-1", b"packed")
+
+
+def said(completion):
+    """A label's text, or, of the fake engine's own answers, their tokens."""
+    return completion.text or str(completion.token_ids)
 
 
 class FakeEngine:
-    """Notes the parameters of every generation, and answers as `tokens` says."""
+    """Notes the parameters of every generation, and answers as `tokens` says.
 
-    vllm_config = "the engine's own"
+    Requests by probe are answered with the label at place `label`, of probability 0.75.
+    """
+
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_logprobs=20))
 
     def __init__(self):
         self.params, self.request_ids = [], []
         self.tokens = lambda exit_layer: (7, 8)
+        self.label = 1
 
     def generate(self, prompt, sampling_params, request_id, **_):
         self.params.append(sampling_params)
@@ -66,6 +88,9 @@ class FakeEngine:
 
     async def outputs(self, params):
         """One token at a time, or all at once where only the whole answer is wanted."""
+        if params.extra_args.get(EXIT_HEAD_KEY) == "probe":
+            yield label_output(self.label, params)
+            return
         tokens = list(self.tokens(params.extra_args[EXIT_LAYER_KEY]))
         ends = [len(tokens)] if params.output_kind is FINAL_ONLY else range(1, len(tokens) + 1)
         for end in ends:
@@ -82,6 +107,26 @@ def request_output(tokens, *, index=0, finished=False, all_finished=None):
     return RequestOutput("0", None, [1], None, [completion], is_last)
 
 
+def label_output(label, params):
+    """As the engine gives it of a request by probe; the label's place counts from 0, -1 for none.
+
+    There are two labels; the one that was sampled has a probability of 0.75.
+    """
+    sampled, logprobs = label + 1, None
+    if params.logprobs is not None:
+        logprobs = {sampled: Logprob(log(0.75), 1)}
+        if params.logprobs >= 2:
+            logprobs[3 - sampled] = Logprob(log(0.25), 2)
+    completions = [
+        CompletionOutput(
+            index, "", [sampled], 0.0, None if logprobs is None else [logprobs],
+            finish_reason="length",
+        )
+        for index in range(params.n)
+    ]  # fmt: skip
+    return RequestOutput("0", None, [1, 2, 3], None, completions, True)
+
+
 class Server:
     """An application in the place of vLLM's: one generation per prompt, one dict for all.
 
@@ -96,6 +141,7 @@ class Server:
         access=None,
         seed=None,
         shortcut_layers=(),
+        head=None,
         **valves,
     ):
         self.engine, self.looked_up, self.bodies = FakeEngine(), [], []
@@ -110,8 +156,11 @@ class Server:
                 tasks,
                 labels,
                 fixed_layer=fixed_layer,
+                head=head,
+                served_names=("base",),
                 valves=self.valves,
                 shortcut_layers=shortcut_layers,
+                probe_set=PROBES.id,
             ),
             lookups=LookupBatcher(self.decide, num_layers=NUM_LAYERS, timeout_s=5),
             detokenize=lambda ids: " ".join("w" for _ in ids) + " It was",
@@ -119,6 +168,8 @@ class Server:
             access=access or Access(),
             sampler=FullDepthSampler(self.valves.sample_full, self.metrics, seed),
             snapshot=Snapshot(3, "b", {"sst2": 8, "mr": 1}),
+            probe_set=PROBES,
+            encode=lambda prompt: [len(prompt)],
         )
         paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
         guard = Middleware(AuthenticationMiddleware, tokens=[api_key] if api_key else [])
@@ -137,10 +188,15 @@ class Server:
 
     def decide(self, lookups):
         self.looked_up += [lookup.key_text for lookup in lookups]
-        return [
-            replace(self.decision, explanation=EXPLANATION if lookup.explain else None)
-            for lookup in lookups
-        ]
+        return [self.decided(lookup) for lookup in lookups]
+
+    def decided(self, lookup):
+        decision = PLAIN if lookup.head == "plain" else self.decision
+        if lookup.exit_layer is not None:
+            probe = f"sst2/{lookup.exit_layer}"
+            about = {"exit_layer": lookup.exit_layer, "head": "probe", "probe": probe}
+            decision = replace(decision, reason=Reason.OVERRIDE, **about)
+        return replace(decision, explanation=EXPLANATION if lookup.explain else None)
 
     async def endpoint(self, request):
         raw = await request.body()
@@ -161,12 +217,13 @@ class Server:
         kind = DELTA if body.get("stream") else FINAL_ONLY
         params = SamplingParams(
             extra_args=body.get("vllm_xargs") or {},
-            temperature=body.get("temperature", 0),
+            temperature=body.get("temperature") or 0,
+            logprobs=body.get("logprobs"),
             output_kind=kind,
             skip_clone=True,
         )
         answers = [client.generate(p, params, f"cmpl-{n}") for n, p in enumerate(prompts)]
-        texts = [[str(o.outputs[0].token_ids) async for o in answer] for answer in answers]
+        texts = [[said(o.outputs[0]) async for o in answer] for answer in answers]
         if body.get("stream"):
             chunks = [f'data: {{"text":"{part}"}}\n\n' for text in texts for part in text]
             events = [": keep-alive\n\n", *chunks, "data: [DONE]\n\n"]

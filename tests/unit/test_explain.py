@@ -43,8 +43,11 @@ def test_the_answer_says_why_and_is_otherwise_the_same():
         {"id": "row-a", "distance": 0.25, "label": "great"},
         {"id": "row-b", "distance": 0.5, "label": "terrible"},
     ]
-    assert len(known["exits"]["plain"]) == NUM_LAYERS and known["exits"]["plain"][4] == 1.25
-    assert known["rule"]["name"] == "earliest" and known["rule"]["k"] == 2
+    assert len(known["expected"]["probe"]) == NUM_LAYERS and known["expected"]["probe"][4] == 0.95
+    assert known["choice"] == {"k": 2, "budget": 0.95, "max_distance": 0.6, "min_exit_layer": 1}
+    assert (known["head"], known["certainty"]) == ("probe", 0.7)
+    assert list(known["labels"].items()) == [("great", 0.75), ("terrible", 0.25)]
+    assert "labels" not in unknown
     assert unknown["reason"] == "unmatched" and "neighbours" not in unknown
 
 
@@ -52,17 +55,18 @@ def test_a_decision_without_a_look_up_is_stated_alone():
     raee = Server().post(prompt="a", raee={"exit_layer": 9, **EXPLAIN}).json()["raee"]
     (prompt,) = raee["prompts"]
     assert (prompt["exit_layer"], prompt["reason"]) == (9, "override")
-    assert "exits" not in prompt
+    assert "expected" not in prompt and "labels" not in prompt
 
 
 def test_a_stream_has_it_in_its_first_chunk_only():
     server = Server()
-    plain = server.post(prompt="a It was", stream=True, **ALLOWED)
-    answer = server.post(prompt="a It was", stream=True, raee=EXPLAIN, **ALLOWED)
+    plain = server.post(prompt=["a It was", "b"], stream=True, **ALLOWED)
+    answer = server.post(prompt=["a It was", "b"], stream=True, raee=EXPLAIN, **ALLOWED)
     first, *others = events(answer)
     assert first["raee"]["prompts"][0]["exit_layer"] == 5
+    assert first["raee"]["prompts"][0]["labels"] == {"great": 0.75, "terrible": 0.25}
     del first["raee"]
-    assert [first, *others] == events(plain) and len(others) == 1
+    assert [first, *others] == events(plain) and len(others) == 2
     assert answer.text.startswith(": keep-alive\n\ndata: {")
     assert answer.text.endswith("data: [DONE]\n\n")
 

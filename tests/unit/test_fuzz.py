@@ -5,22 +5,25 @@ RAEE_FUZZ sets the number of requests: 10,000 for a long run.
 
 import json
 import os
-from dataclasses import replace
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.serving import DECISION, Server
+from tests.unit.serving import Server
 
 pytestmark = pytest.mark.unit
 
 REQUESTS = int(os.environ.get("RAEE_FUZZ", "300"))
-POSTED = ("/v1/completions", "/v1/chat/completions", "/v1/raee/preview", "/v1/raee/reload")
-ROUTES = (*(("POST", path) for path in POSTED), ("GET", "/v1/raee/page"))
+OURS = ("preview", "reload", "classify")
+POSTED = ("/v1/completions", "/v1/chat/completions", *(f"/v1/raee/{name}" for name in OURS))
+ROUTES = (
+    *(("POST", path) for path in POSTED),
+    ("GET", "/v1/raee/page"),
+    ("GET", "/v1/raee/tasks"),
+)
 
 texts = st.text(st.characters(codec=None), max_size=20) | st.sampled_from(
-    ["film It was", " It was", "\ud800 It was", "\x00", "sst2", "fused", "full", "auto"]
+    ["film It was", " It was", "\ud800 It was", "\x00", "sst2", "probe", "full", "auto"]
 )
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
@@ -28,8 +31,8 @@ values = st.recursive(
     max_leaves=10,
 )
 options = st.dictionaries(
-    st.sampled_from(["exit_layer", "task", "k", "rule", "off", "explain"]) | texts,
-    values | st.integers(1, 30) | st.just(True) | st.sampled_from(["sst2", "earliest", "full"]),
+    st.sampled_from(["exit_layer", "task", "k", "head", "budget", "off", "explain"]) | texts,
+    values | st.integers(1, 30) | st.just(True) | st.sampled_from(["sst2", "probe", "full"]),
     max_size=4,
 )
 prompts = texts | st.lists(texts, max_size=4) | st.lists(st.integers(0, 10**12), max_size=4)
@@ -50,6 +53,7 @@ bodies = st.builds(
     st.fixed_dictionaries({}, optional={"raee": options | values}),
     st.fixed_dictionaries({}, optional={"prompt": prompts | values, "stream": st.booleans()}),
     st.fixed_dictionaries({}, optional={"messages": messages | values}),
+    st.fixed_dictionaries({}, optional={"input": prompts | values, "task": st.just("sst2")}),
     limits,
     st.dictionaries(st.sampled_from(["model", "logit_bias", "tools", "max_tokens"]), values),
 )
@@ -64,9 +68,7 @@ raw_bodies = (
 
 @pytest.fixture(scope="module")
 def server():
-    server = Server(sample_full=0.5, seed=0, min_layer=2)
-    server.decision = replace(DECISION, label_bias=(1.5, -2.0))
-    return server
+    return Server(sample_full=0.5, seed=0, min_layer=2)
 
 
 @settings(

@@ -1,6 +1,7 @@
 """Early answers that fall into a loop are begun again at full depth, and no client sees them."""
 
 import asyncio
+from dataclasses import replace
 from contextlib import aclosing
 from types import SimpleNamespace
 
@@ -277,6 +278,7 @@ OVERRIDE = ExitDecision(EARLY, FULL, Reason.OVERRIDE)
         ({"loop_guard": False}, RETRIEVED, True, True, True),
         ({"shadow": True}, RETRIEVED, True, True, False),
         ({}, ExitDecision.full(FULL, Reason.FAR), True, True, False),
+        ({}, replace(RETRIEVED, head="probe", probe="xsum/5"), True, True, False),
     ],
 )
 def test_who_is_watched(valves, decision, asked, is_free, watched):
@@ -322,10 +324,14 @@ def test_a_depth_that_was_asked_for_is_run_unless_the_guard_is_too(server, raee)
     assert server.value("raee_guard_restarts_total", task="-") is None
 
 
-def test_label_words_are_not_watched_unless_asked_for(server):
-    assert server.post(prompt="a It was", **ALLOWED).status_code == 200
+def test_labels_are_not_watched_unless_the_lm_head_answers_and_it_is_asked_for(server):
+    asked = {"loop_guard": True}
+    server.post(prompt="a It was", raee=asked, **ALLOWED)
+    assert server.exit_layers() == [5]  # by probe: one label
+    server.engine.params.clear()
+    server.post(prompt="a It was", raee={"head": "plain"}, **ALLOWED)
     assert server.exit_layers() == [5]
-    server.post(prompt="a It was", raee={"loop_guard": True}, **ALLOWED)
+    server.post(prompt="a It was", raee={"head": "plain", **asked}, **ALLOWED)
     assert server.exit_layers() == [5, 5, NUM_LAYERS]
     assert server.value("raee_guard_restarts_total", task="sst2") == 1
     assert server.engine.params[-1].logit_bias is None

@@ -4,17 +4,21 @@ import json
 from dataclasses import replace
 
 import pytest
+from vllm.exceptions import GenerationError
 from vllm.sampling_params import SamplingParams
 
-from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, exit_args
+from raee_serve.engine.settings import EXIT_HEAD_KEY, EXIT_LAYER_KEY, exit_args, probe_args
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server.depths import PromptDepth, RequestDepths
 from raee_serve.server.engine_client import at_depth
 from raee_serve.server.middleware import MAX_IN_HEADERS
 from tests.kept import grown, kept
-from tests.unit.serving import ALLOWED, DECISION, NUM_LAYERS, Server
+from tests.unit.serving import ALLOWED, DECISION, NUM_LAYERS, PLAIN, PROBES, Server
 
 pytestmark = pytest.mark.unit
+
+PROBE_ARGS = probe_args(5, PROBES.id, "sst2/5", (0.5, -0.5))
+ALONE = probe_args(NUM_LAYERS, PROBES.id, "sst2/alone", (0.0, 0.0))
 
 
 def test_each_prompt_has_its_own_depth_and_its_own_dict():
@@ -24,12 +28,14 @@ def test_each_prompt_has_its_own_depth_and_its_own_dict():
     assert answer.status_code == 200
     assert server.exit_layers() == [5, NUM_LAYERS, 5]
     dicts = [params.extra_args for params in server.engine.params]
-    assert all(set(d) == {"mine", EXIT_LAYER_KEY} for d in dicts)
+    ours = [{key for key in d if key.startswith("raee_")} for d in dicts]
+    assert ours == [set(PROBE_ARGS), {EXIT_LAYER_KEY}, set(PROBE_ARGS)]
+    assert all(d["mine"] == 1 for d in dicts)
     assert len({id(d) for d in dicts}) == 3
     assert server.looked_up == ["a", "c"]
     headers = answer.headers
     assert headers["x-raee-exit-layer"] == "5, 30, 5"
-    assert headers["x-raee-exit-head"] == "plain, plain, plain"
+    assert headers["x-raee-exit-head"] == "probe, plain, probe"
     assert headers["x-raee-num-layers"] == "30, 30, 30"
     assert headers["x-raee-reason"] == "retrieved, unmatched, retrieved"
     assert headers["x-raee-task"] == "sst2, -, sst2"
@@ -39,25 +45,32 @@ def test_each_prompt_has_its_own_depth_and_its_own_dict():
 
 def test_the_exit_head_reaches_the_engine_the_headers_and_the_metrics():
     server = Server(shortcut_layers=(22, 25))
-    asked = {"exit_layer": 25, "exit_head": "shortcut"}
+    asked = {"exit_layer": 25, "head": "shortcut"}
     answer = server.post(prompt=["a It was", "b"], raee=asked, vllm_xargs={EXIT_HEAD_KEY: "x"})
     assert answer.headers["x-raee-exit-head"] == "shortcut, shortcut"
     server.post(prompt="a It was", raee={"exit_layer": 25}, vllm_xargs={EXIT_HEAD_KEY: "shortcut"})
     heads = [params.extra_args.get(EXIT_HEAD_KEY) for params in server.engine.params]
     assert heads == ["shortcut", "shortcut", None]
-    server.decision = replace(DECISION, label_bias=(), exit_head="shortcut")
+    server.decision = replace(PLAIN, head="shortcut")
     server.post(prompt="a It was", **ALLOWED)
     assert server.engine.params[-1].extra_args == exit_args(5, "shortcut")
-    assert server.value("raee_exit_heads_total", head="shortcut", task="-") == 2
-    assert server.value("raee_exit_heads_total", head="shortcut", task="sst2") == 1
-    assert server.value("raee_exit_heads_total", head="plain", task="-") == 1
+    server.decision = DECISION
+    server.post(prompt="a It was", **ALLOWED)
+    assert server.engine.params[-1].extra_args == PROBE_ARGS
+    for head, task, count in (
+        ("shortcut", "-", 2),
+        ("shortcut", "sst2", 1),
+        ("plain", "-", 1),
+        ("probe", "sst2", 1),
+    ):
+        assert server.value("raee_exit_heads_total", head=head, task=task) == count
 
 
 def test_a_layer_without_a_shortcut_is_refused_by_name():
     server = Server(shortcut_layers=(22, 25))
-    answer = server.post(prompt="a", raee={"exit_layer": 24, "exit_head": "shortcut"})
+    answer = server.post(prompt="a", raee={"exit_layer": 24, "head": "shortcut"})
     assert answer.status_code == 400 and not server.bodies
-    assert answer.json()["error"]["param"] == "raee.exit_head"
+    assert answer.json()["error"]["param"] == "raee.head"
     assert "layers that have shortcuts: 22, 25" in answer.json()["error"]["message"]
 
 
@@ -77,8 +90,12 @@ def test_the_body_that_goes_on_is_without_raee_and_limited():
     server = Server()
     assert server.post(prompt="film", raee={"task": "sst2"}).status_code == 200
     (raw,) = server.bodies
-    assert json.loads(raw) == {"prompt": "film", "allowed_token_ids": [10, 11], "max_tokens": 1}
+    assert json.loads(raw) == {"prompt": "film", "max_tokens": 1}
     assert server.looked_up == ["film"]
+    plain = {"task": "sst2", "head": "plain"}
+    assert server.post(prompt="film", raee=plain).status_code == 200
+    body = {"prompt": "film", "max_tokens": 1, "allowed_token_ids": [10, 11]}
+    assert json.loads(server.bodies[1]) == body
 
 
 def test_a_bad_option_is_an_openai_error_and_never_reaches_the_application():
@@ -162,48 +179,106 @@ def test_more_generations_than_prompts_run_at_full_depth_unless_all_are_alike():
     assert [mixed.take() for _ in range(3)] == [(0, five), (1, nine), (2, None)]
 
 
-def test_only_a_retrieved_exit_is_steered_to_the_first_tokens_of_its_choices():
-    server = Server()
-    limit = {"structured_outputs": {"choice": ["terrible", " great"]}}
-    server.post(prompt=["a It was", "b"], **limit)
-    server.post(prompt="a It was", raee={"exit_layer": 5}, **limit)
+CHOICE = {"structured_outputs": {"choice": ["terrible", " great"]}}
+
+
+def test_only_a_retrieved_exit_by_the_lm_head_is_steered_to_first_tokens():
+    server = Server(head="plain")
+    server.post(prompt=["a It was", "b"], **CHOICE)
+    server.post(prompt="a It was", raee={"exit_layer": 5}, **CHOICE)
     server.post(prompt="a It was", **ALLOWED)
     assert [p.logit_bias for p in server.engine.params] == [{8: 100.0, 11: 100.0}, None, None, None]
+    server.post(prompt="a It was", raee={"head": "probe"}, **CHOICE)
+    assert server.engine.params[-1].logit_bias is None
 
 
-def test_the_head_of_an_exit_biases_the_label_words_as_they_may_be_spelled():
-    server = Server()
-    server.decision = replace(DECISION, label_bias=(1.5, -2.0))
-    server.post(prompt="a It was", **ALLOWED)
-    limit = {"structured_outputs": {"choice": ["terrible", " great"]}}
-    server.post(prompt="a It was", **limit)
-    server.post(prompt="a It was", raee={"exit_layer": 5}, **ALLOWED)
-    assert [p.logit_bias for p in server.engine.params] == [
-        {10: 1.5, 11: -2.0},
-        {8: 100.0, 11: 96.5},
-        None,
-    ]
-
-
-def test_full_depth_has_a_head_too():
-    server = Server()
-    server.decision = ExitDecision(
-        NUM_LAYERS, NUM_LAYERS, Reason.RETRIEVED, "sst2", 0.25, label_bias=(0.5, 0.0)
-    )
-    server.post(prompt="a It was", **ALLOWED)
-    assert server.engine.params[0].logit_bias == {10: 0.5, 11: 0.0}
-
-
-def test_a_clients_own_bias_is_kept():
+def test_a_clients_own_bias_is_kept_where_an_exit_is_steered():
     params = SamplingParams(logit_bias={10: 1.0, 5: 2.0})
-    own = at_depth(params, PromptDepth(5, token_bias=((10, 1.5), (11, -1.0))))
-    assert own.logit_bias == {10: 2.5, 5: 2.0, 11: -1.0}
+    own = at_depth(params, PromptDepth(5, first_tokens=(10, 11)))
+    assert own.logit_bias == {10: 100.0, 5: 2.0, 11: 99.0}
     assert params.logit_bias == {10: 1.0, 5: 2.0}
+
+
+def test_a_label_is_answered_as_the_client_wants_it_written():
+    server = Server()
+    assert server.post(prompt="film", raee={"task": "sst2"}).json()["choices"] == [[" great"]]
+    server.engine.label = 0
+    limited = server.post(prompt=["a It was", "b"], **CHOICE).json()["choices"]
+    assert limited == [["terrible"], ["[7, 8]"]]
+    only = {"structured_outputs": {"choice": ["terrible"]}}
+    server.post(prompt="film", raee={"task": "sst2"}, **only)
+    assert server.engine.params[-1].extra_args["raee_probe_bias"] == [0.5, -1e9]
+
+
+def test_a_named_task_is_answered_at_every_depth():
+    server = Server()
+    early = server.post(prompt="film", raee={"task": "sst2", "exit_layer": 3})
+    assert early.headers["x-raee-reason"] == "override"
+    assert early.headers["x-raee-exit-head"] == "probe"
+    assert server.engine.params[-1].extra_args == probe_args(
+        3, PROBES.id, "sst2/3", (0.5, -0.5)
+    )
+    assert server.looked_up == ["film"]
+
+
+@pytest.mark.parametrize("why", [Reason.FAR, Reason.NO_EVIDENCE, Reason.TIMEOUT, Reason.ERROR])
+def test_a_named_task_falls_back_to_the_last_layers_probe_alone(why):
+    server = Server()
+    server.decision = ExitDecision.full(NUM_LAYERS, why, task="sst2")
+    answer = server.post(prompt="film", raee={"task": "sst2"})
+    assert answer.headers["x-raee-reason"] == why.value
+    assert answer.headers["x-raee-exit-head"] == "probe"
+    assert answer.headers["x-raee-exit-layer"] == str(NUM_LAYERS)
+    assert server.engine.params[-1].extra_args == ALONE
+    server.engine.label, only = 0, {"structured_outputs": {"choice": ["terrible"]}}
+    server.post(prompt="film", raee={"task": "sst2"}, **only)
+    assert server.engine.params[-1].extra_args["raee_probe_bias"] == [0.0, -1e9]
+    recognised = server.post(prompt="a It was", **CHOICE)  # it limits itself: vanilla's answer
+    assert recognised.headers["x-raee-exit-head"] == "plain"
+    assert server.engine.params[-1].extra_args == exit_args(NUM_LAYERS)
+
+
+def test_a_named_task_without_a_text_is_answered_too():
+    server = Server()
+    messages = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    answer = server.post("/v1/chat/completions", messages=messages, raee={"task": "sst2"})
+    assert answer.headers["x-raee-reason"] == "unmatched" and not server.looked_up
+    assert server.engine.params[-1].extra_args == ALONE
+
+
+def test_without_a_temperature_a_label_is_the_most_probable_one():
+    server = Server()
+    for stated in ({}, {"temperature": 0.7}):
+        server.post(prompt="film", raee={"task": "sst2"}, **stated)
+    assert [params.temperature for params in server.engine.params] == [0.0, 0.7]
+
+
+def test_a_worker_without_the_probe_fails_the_request_alone():
+    server = Server()
+    server.engine.label = -1
+    with pytest.raises(GenerationError):
+        server.post(prompt="film", raee={"task": "sst2"})
+    server.engine.label = 1
+    assert server.post(prompt="film", raee={"task": "sst2"}).status_code == 200
+
+
+def test_probes_are_kept_while_a_request_is_under_way():
+    server, probes = Server(), []
+    respond = server.respond
+
+    async def noting(*args):
+        probes.append(dict(server.gate.probes._requests))
+        return await respond(*args)
+
+    server.respond = noting
+    server.post(prompt="film", raee={"task": "sst2"})
+    server.post(prompt="film", raee={"k": 0})
+    assert probes == [{PROBES.id: 1}] and not server.gate.probes._requests
 
 
 def test_the_rest_of_the_engine_is_the_engines():
     server = Server()
-    assert server.app.state.engine_client.vllm_config == "the engine's own"
+    assert server.app.state.engine_client.vllm_config is server.engine.vllm_config
 
 
 def test_nothing_is_kept_of_a_request_that_is_over():

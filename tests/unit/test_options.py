@@ -12,7 +12,6 @@ def parse(value, tasks=("sst2", "trec"), shortcut_layers=(22, 25)):
         value,
         num_layers=30,
         tasks=tasks,
-        rules=("earliest", "published"),
         shortcut_layers=shortcut_layers,
     )
 
@@ -26,17 +25,11 @@ def parse(value, tasks=("sst2", "trec"), shortcut_layers=(22, 25)):
         ({"exit_layer": 1}, RaeeOptions(exit_layer=1)),
         ({"exit_layer": 30}, RaeeOptions(exit_layer=30)),
         ({"exit_layer": "full"}, RaeeOptions(exit_layer=30)),
-        ({"exit_layer": 3, "exit_head": "plain"}, RaeeOptions(exit_layer=3)),
-        ({"exit_head": "plain"}, RaeeOptions()),
-        (
-            {"exit_layer": 25, "exit_head": "shortcut"},
-            RaeeOptions(exit_layer=25, exit_head="shortcut"),
-        ),
-        ({"quality": 1, "task": "sst2"}, RaeeOptions(task="sst2", quality=1)),
-        (
-            {"task": "trec", "k": MAX_K, "rule": "published"},
-            RaeeOptions(task="trec", k=MAX_K, rule="published"),
-        ),
+        ({"exit_layer": 3, "head": "plain"}, RaeeOptions(exit_layer=3, head="plain")),
+        ({"head": "probe"}, RaeeOptions(head="probe")),
+        ({"exit_layer": 25, "head": "shortcut"}, RaeeOptions(exit_layer=25, head="shortcut")),
+        ({"budget": 1, "task": "sst2"}, RaeeOptions(task="sst2", budget=1)),
+        ({"task": "trec", "k": MAX_K}, RaeeOptions(task="trec", k=MAX_K)),
     ],
 )
 def test_good_values(value, expected):
@@ -46,9 +39,9 @@ def test_good_values(value, expected):
 @pytest.mark.parametrize(
     ("value", "parameter", "allowed"),
     [
-        (7, "raee", "exit_layer, task, k, rule"),
-        (["full"], "raee", "exit_layer, task, k, rule"),
-        ({"depth": 3}, "raee.depth", "exit_layer, task, k, rule"),
+        (7, "raee", "exit_layer, head, task, k, budget"),
+        (["full"], "raee", "exit_layer, head, task, k, budget"),
+        ({"depth": 3}, "raee.depth", "exit_layer, head, task, k, budget"),
         ({"exit_layer": 0}, "raee.exit_layer", "1..30, 'full' or 'auto'"),
         ({"exit_layer": 31}, "raee.exit_layer", "1..30"),
         ({"exit_layer": -1}, "raee.exit_layer", "1..30"),
@@ -63,23 +56,24 @@ def test_good_values(value, expected):
         ({"k": MAX_K + 1}, "raee.k", f"1..{MAX_K}"),
         ({"k": True}, "raee.k", f"1..{MAX_K}"),
         ({"k": "12"}, "raee.k", f"1..{MAX_K}"),
-        ({"rule": "latest"}, "raee.rule", "earliest, published"),
-        ({"rule": {}}, "raee.rule", "earliest, published"),
-        ({"exit_head": "fused"}, "raee.exit_head", "plain, shortcut"),
-        ({"exit_head": ["plain"]}, "raee.exit_head", "plain, shortcut"),
-        ({"exit_head": True}, "raee.exit_head", "plain, shortcut"),
-        ({"exit_head": "shortcut"}, "raee.exit_head", "auto; layers that have shortcuts: 22, 25"),
+        ({"rule": "published"}, "raee.rule", "exit_layer, head, task, k, budget"),
+        ({"exit_head": "plain"}, "raee.exit_head", "exit_layer, head, task, k, budget"),
+        ({"quality": 0.9}, "raee.quality", "exit_layer, head, task, k, budget"),
+        ({"head": "fused"}, "raee.head", "plain, shortcut, probe"),
+        ({"head": ["plain"]}, "raee.head", "plain, shortcut, probe"),
+        ({"head": True}, "raee.head", "plain, shortcut, probe"),
+        ({"head": "shortcut"}, "raee.head", "auto; layers that have shortcuts: 22, 25"),
         (
-            {"exit_head": "shortcut", "exit_layer": 24},
-            "raee.exit_head",
+            {"head": "shortcut", "exit_layer": 24},
+            "raee.head",
             "is 24; layers that have shortcuts: 22, 25",
         ),
-        ({"exit_head": "shortcut", "exit_layer": "full"}, "raee.exit_head", "22, 25"),
-        ({"quality": 0}, "raee.quality", "a number above 0 and at most 1"),
-        ({"quality": 1.01}, "raee.quality", "a number above 0 and at most 1"),
-        ({"quality": float("nan")}, "raee.quality", "a number above 0 and at most 1"),
-        ({"quality": "0.9"}, "raee.quality", "a number above 0 and at most 1"),
-        ({"quality": True}, "raee.quality", "a number above 0 and at most 1"),
+        ({"head": "shortcut", "exit_layer": "full"}, "raee.head", "22, 25"),
+        ({"budget": 0}, "raee.budget", "a number above 0 and at most 1"),
+        ({"budget": 1.01}, "raee.budget", "a number above 0 and at most 1"),
+        ({"budget": float("nan")}, "raee.budget", "a number above 0 and at most 1"),
+        ({"budget": "0.9"}, "raee.budget", "a number above 0 and at most 1"),
+        ({"budget": True}, "raee.budget", "a number above 0 and at most 1"),
     ],
 )
 def test_bad_values_are_named_with_what_is_allowed(value, parameter, allowed):
@@ -91,10 +85,10 @@ def test_bad_values_are_named_with_what_is_allowed(value, parameter, allowed):
 
 def test_without_shortcuts_there_are_none_to_ask_for():
     with pytest.raises(OptionError, match="none on this server"):
-        parse({"exit_layer": 25, "exit_head": "shortcut"}, shortcut_layers=())
+        parse({"exit_layer": 25, "head": "shortcut"}, shortcut_layers=())
 
 
-@pytest.mark.parametrize("field", ["task", "k", "rule", "quality"])
+@pytest.mark.parametrize("field", ["task", "k", "budget"])
 def test_without_a_table_only_the_depth_can_be_asked_for(field):
     with pytest.raises(OptionError, match=r"without one.*allowed: exit_layer"):
         parse({field: "sst2"}, tasks=())

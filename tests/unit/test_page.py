@@ -125,9 +125,12 @@ def test_the_data_is_what_the_form_needs():
         "tasks": [
             {
                 "name": TASK.name,
+                "kind": "labels",
+                "labels": ["terrible", "great"],
+                "head": "probe",
+                "rows": 8,
                 "endpoint": "completions",
                 "template": "{text} It was",
-                "label_words": ["terrible", "great"],
             }
         ],
     }

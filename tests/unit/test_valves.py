@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from raee_serve.engine.settings import PROBE_KEY, exit_args, probe_args
 from raee_serve.errors import RaeeError
 from raee_serve.records import ExitDecision, Reason
 from raee_serve.server import access, valves
 from raee_serve.server.admission import Admission
 from raee_serve.server.engine_client import DepthClient
 from raee_serve.server.sampling import MAX_RUNNING, agreement
-from tests.unit.serving import ALLOWED, DECISION, LABELS, LOOP, NUM_LAYERS, TASK, Server
+from tests.unit.serving import ALLOWED, LABELS, LOOP, NUM_LAYERS, PROBES, TASK, Server
 
 pytestmark = pytest.mark.unit
 
@@ -114,15 +115,20 @@ def test_the_kill_switch_accepts_every_request_and_changes_none():
 
 def test_in_shadow_nothing_is_truncated_and_everything_recorded():
     server = Server(shadow=True)
-    server.decision = replace(DECISION, label_bias=(1.5, -2.0))
     answer = server.post(prompt=["a It was", "b"], **ALLOWED)
     headers = answer.headers
     assert headers["x-raee-exit-layer"] == "30, 30"
     assert headers["x-raee-reason"] == "shadow, unmatched"
     assert headers["x-raee-decided-layer"] == "5, -"
     assert server.exit_layers() == [NUM_LAYERS] * 2
-    assert [p.logit_bias for p in server.engine.params] == [None, None]
-    assert server.value("raee_shadow_exit_layer_sum", task="sst2") == 5
+    assert [p.extra_args for p in server.engine.params] == [exit_args(NUM_LAYERS)] * 2
+    named = server.post(prompt="film", raee={"task": "sst2"})
+    assert named.headers["x-raee-reason"] == "shadow"
+    assert named.headers["x-raee-exit-head"] == "probe"
+    assert named.json()["choices"] == [[" great"]]
+    alone = probe_args(NUM_LAYERS, PROBES.id, "sst2/alone", (0.0, 0.0))
+    assert server.engine.params[-1].extra_args == alone
+    assert server.value("raee_shadow_exit_layer_sum", task="sst2") == 10
     assert server.value("raee_layers_saved_total", task="sst2") == 0
     override = server.post(prompt="a", raee={"exit_layer": 7})
     assert override.headers["x-raee-reason"] == "shadow"
@@ -139,27 +145,42 @@ def test_nor_on_routes_that_admission_does_not_read():
     assert server.exit_layers() == [NUM_LAYERS] * 2
 
 
-def test_a_full_depth_exit_with_a_head_is_kept_in_shadow_too():
-    decided = ExitDecision(4, 4, Reason.RETRIEVED, "sst2", label_bias=(1.0, 0.0))
+def test_shadow_leaves_only_the_probe_that_is_full_depths_own():
+    decided = ExitDecision(4, 4, Reason.RETRIEVED, "sst2", head="probe", probe="sst2/4")
     shadowed = valves.in_shadow(decided)
-    assert (shadowed.reason, shadowed.decided_layer, shadowed.label_bias) == ("shadow", 4, ())
+    assert (shadowed.reason, shadowed.decided_layer, shadowed.head) == ("shadow", 4, "plain")
+    shadowed = valves.in_shadow(decided, "sst2/alone")
+    assert (shadowed.reason, shadowed.probe) == ("shadow", "sst2/alone")
+    far = replace(decided, reason=Reason.FAR, probe="sst2/alone")
+    assert valves.in_shadow(far, "sst2/alone") is far
+    full = ExitDecision.full(4, Reason.FAR, task="sst2")
+    assert valves.in_shadow(full) is full
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("shadow", [False, True])
 def test_a_drawn_prompt_runs_at_both_depths_and_is_compared(stream, shadow):
-    server = Server(sample_full=1.0, shadow=shadow)
-    server.decision = replace(DECISION, label_bias=(1.5, -2.0))
+    server = Server(sample_full=1.0, shadow=shadow, head="plain")
     server.engine.tokens = lambda layer: (1, 2, 3, 4) if layer == 5 else (1, 9)
     server.post(prompt=["a It was", "b"], stream=stream, **ALLOWED)
     run, other = (NUM_LAYERS, 5) if shadow else (5, NUM_LAYERS)
     assert server.exit_layers() == [run, NUM_LAYERS, other]
-    biases = [params.logit_bias for params in server.engine.params]
-    assert [bias is not None for bias in biases] == [not shadow, False, shadow]
     assert len(set(server.engine.request_ids)) == 3
     assert server.value("raee_reruns_total", outcome="compared") == 1
     assert server.value("raee_agreement_sum", task="sst2") == 0.25
     assert server.value("raee_agreement_count", task="-") is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_label_is_compared_with_the_one_at_full_depth(stream):
+    server = Server(sample_full=1.0)
+    server.post(prompt="film", raee={"task": "sst2"}, temperature=None, stream=stream)
+    probes = [params.extra_args[PROBE_KEY] for params in server.engine.params]
+    assert probes == [[PROBES.id, "sst2/5"], [PROBES.id, "sst2/alone"]]
+    assert server.value("raee_agreement_sum", task="sst2") == 1
+    server.decision = ExitDecision.full(NUM_LAYERS, Reason.FAR, task="sst2")
+    server.post(prompt="film", raee={"task": "sst2"})
+    assert len(server.engine.params) == 3  # there is nothing to compare with
 
 
 def test_the_draw_is_seeded_and_a_share():
@@ -181,7 +202,7 @@ def test_sampled_answers_are_not_compared():
 
 
 def test_a_second_run_that_fails_harms_nobody():
-    server = Server(sample_full=1.0)
+    server = Server(sample_full=1.0, head="plain")
 
     def tokens(layer):
         if layer == NUM_LAYERS:
@@ -202,7 +223,7 @@ def test_beyond_its_room_what_is_drawn_is_dropped():
 
 
 def test_an_answer_that_is_not_finished_is_not_run_again():
-    server = Server(sample_full=1.0)
+    server = Server(sample_full=1.0, head="plain")
 
     def tokens(layer):
         raise RuntimeError("engine")

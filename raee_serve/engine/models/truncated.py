@@ -9,6 +9,7 @@ from torch import nn
 from raee_serve.engine.layer_loop import run_truncated
 from raee_serve.engine.narrow_head import most_tokens, narrow_logits
 from raee_serve.engine.plan import Stage, TruncationPlan
+from raee_serve.engine.probe_head import ProbeBank, ProbeRows
 from raee_serve.engine.settings import WORKERS
 from raee_serve.shortcuts import Shortcut
 
@@ -36,8 +37,19 @@ class StepSource(Protocol):
         """How many rows layers are to be given for so many: these, and filler."""
         ...
 
+    def probe_rows(self) -> ProbeRows | None:
+        """The rows of the next call of `compute_logits`, which samples the step in flight.
+
+        `None` if none of them leaves by probe, and for calls that do not sample: of profiling, and
+        for the log-probabilities of prompts.
+        """
+        ...
+
     def allowed_tokens(self, most: int) -> Sequence[int] | None:
-        """Those that the step in flight is to choose among; `None` if more than `most`."""
+        """The tokens that the step in flight is to choose among; `None` if more than `most`.
+
+        Rows that leave by probe do not count.
+        """
         ...
 
 
@@ -53,17 +65,24 @@ class TruncatedExecution:
     model: nn.Module
     residual_norm: ClassVar[str] = "post_attention_layernorm"
     _source: StepSource | None = None
+    _probes: ProbeBank | None = None
 
-    def attach(self, source: StepSource, shortcuts: Mapping[int, Shortcut] | None = None) -> None:
+    def attach(
+        self,
+        source: StepSource,
+        shortcuts: Mapping[int, Shortcut] | None = None,
+        probes: ProbeBank | None = None,
+    ) -> None:
         """From now on the decoder stack asks `source` for the plan of each forward.
 
         shortcuts: by exit layer, in the model's dtype, on its device.
+        probes: what rows that leave by probe are answered from; they are loaded later.
 
         The stack's forward is replaced, not this model's: a multimodal model that contains this
         one calls the stack directly. A compiled stack is entered by its compiled code and not by
         its forward; there it is this model's.
         """
-        self._source = source
+        self._source, self._probes = source, probes
         decoder = self.model
         host = decoder if getattr(decoder, "do_not_compile", True) else self
         vanilla_forward = host.forward
@@ -99,7 +118,17 @@ class TruncatedExecution:
         host.forward = forward
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """As vLLM's; of the tokens alone that the step may choose among, where these are few."""
+        """As vLLM's, with the label columns of the rows that leave by probe.
+
+        Where all rows do, the LM head is not touched and there are few columns.
+        """
+        rows = self._source.probe_rows() if self._source is not None else None
+        if rows is None:
+            return self._token_logits(hidden_states)
+        return self._probes.logits(hidden_states, rows, self._token_logits)
+
+    def _token_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """vLLM's; of the tokens alone that the step may choose among, where these are few."""
         head = getattr(self, "lm_head", None) or self.model.embed_tokens
         few = most_tokens(head) if self._source is not None else 0
         tokens = self._source.allowed_tokens(few) if few else None

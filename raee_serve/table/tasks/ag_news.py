@@ -7,7 +7,7 @@ from raee_serve.table.task import Task
 TASK = Task(
     name="ag_news",
     prompt=CompletionPrompt("{text} This is about"),
-    label_words=("world", "sports", "business", "technology"),
+    labels=("world", "sports", "business", "technology"),
     local=LocalSet("ag_news"),
     hub=HubSet("fancyzhx/ag_news"),
 )

@@ -7,7 +7,7 @@ from raee_serve.table.task import Task
 TASK = Task(
     name="cola",
     prompt=CompletionPrompt("{text} This is"),
-    label_words=("incorrect", "correct"),
+    labels=("incorrect", "correct"),
     local=LocalSet("cola"),
     hub=HubSet("nyu-mll/glue", config="cola", text_field="sentence", test_split="validation"),
 )

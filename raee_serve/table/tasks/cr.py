@@ -7,7 +7,7 @@ from raee_serve.table.task import Task
 TASK = Task(
     name="cr",
     prompt=CompletionPrompt("{text} It was"),
-    label_words=("terrible", "great"),
+    labels=("terrible", "great"),
     local=LocalSet("cr"),
     hub=HubSet("SetFit/CR", gold_field="label_text", labels=("negative", "positive")),
 )

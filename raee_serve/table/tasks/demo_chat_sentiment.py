@@ -9,6 +9,6 @@ TASK = Task(
     prompt=ChatPrompt(
         "Is this review negative or positive? Answer with one word.\n\nReview: {text}"
     ),
-    label_words=("negative", "positive"),
+    labels=("negative", "positive"),
     demo=DemoSet("sentiment"),
 )

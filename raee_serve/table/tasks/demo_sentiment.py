@@ -7,6 +7,6 @@ from raee_serve.table.task import Task
 TASK = Task(
     name="demo_sentiment",
     prompt=CompletionPrompt("{text} It was"),
-    label_words=("terrible", "great"),
+    labels=("terrible", "great"),
     demo=DemoSet("sentiment"),
 )

@@ -7,7 +7,7 @@ from raee_serve.table.task import Task
 TASK = Task(
     name="mr",
     prompt=CompletionPrompt("{text} It was"),
-    label_words=("terrible", "great"),
+    labels=("terrible", "great"),
     local=LocalSet("mr"),
     hub=HubSet("cornell-movie-review-data/rotten_tomatoes"),
 )

@@ -7,7 +7,7 @@ from raee_serve.table.task import Task
 TASK = Task(
     name="sst2",
     prompt=CompletionPrompt("{text} It was"),
-    label_words=("terrible", "great"),
+    labels=("terrible", "great"),
     local=LocalSet("sst2"),
     hub=HubSet("stanfordnlp/sst2", text_field="sentence", test_split="validation"),
 )

@@ -7,7 +7,7 @@ from raee_serve.table.task import Task
 TASK = Task(
     name="sst5",
     prompt=CompletionPrompt("{text} It was"),
-    label_words=("terrible", "bad", "okay", "good", "great"),
+    labels=("terrible", "bad", "okay", "good", "great"),
     local=LocalSet("sst5"),
     hub=HubSet(
         "SetFit/sst5",

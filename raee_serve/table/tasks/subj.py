@@ -7,7 +7,7 @@ from raee_serve.table.task import Task
 TASK = Task(
     name="subj",
     prompt=CompletionPrompt("{text} This is"),
-    label_words=("subjective", "objective"),
+    labels=("subjective", "objective"),
     local=LocalSet("subj"),
     hub=HubSet("SetFit/subj", gold_field="label_text", labels=("subjective", "objective")),
 )

@@ -1,0 +1,105 @@
+"""The states that probes are fitted to, in a LanceDB table of their own beside the rows.
+
+A row's states follow from its text, its task and the backbone, all of which its id and shelf stand
+for: they never change, so they are only ever appended, and no version of the exit table has to
+hold them. Serving reads none.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raee_serve.errors import TableError
+from raee_serve.table.edits import on_shelves, sql_list
+
+STATES = "states"
+IN_MEMORY_BYTES = 2**30
+"""States of a task up to this size are held in memory while they are fitted to, in float16; more
+go to a scratch file: 10,000 rows of 32 layers of 4,096 are 2.6 GB."""
+AT_ONCE = 1024
+
+States = NDArray[np.float16]
+"""[layers, n, hidden_size]; a memory-mapped file where it is large."""
+
+
+class StateStore:
+    """database: a LanceDB connection, whose `open_table` and `create_table` are used."""
+
+    def __init__(self, database: Any) -> None:
+        self._database = database
+
+    def add(self, shelf: str, ids: Sequence[str], states: NDArray[np.float16]) -> None:
+        """states: [n, layers, hidden_size]."""
+        width = int(np.prod(states.shape[1:]))
+        schema = pa.schema(
+            [
+                pa.field("id", pa.string(), nullable=False),
+                pa.field("shelf", pa.string(), nullable=False),
+                pa.field("layers", pa.int32(), nullable=False),
+                pa.field("states", pa.list_(pa.float16()), nullable=False),
+            ]
+        )
+        flat = pa.array(np.ascontiguousarray(states).ravel(), pa.float16())
+        offsets = np.arange(len(ids) + 1, dtype=np.int32) * width
+        rows = pa.Table.from_arrays(
+            [
+                pa.array(list(ids)),
+                pa.array([shelf] * len(ids)),
+                pa.array(np.full(len(ids), states.shape[1], np.int32)),
+                pa.ListArray.from_arrays(offsets, flat),
+            ],
+            schema=schema,
+        )
+        self._database.create_table(STATES, schema=schema, exist_ok=True).add(rows)
+
+    def read(self, shelf: str, ids: Sequence[str]) -> States:
+        """Of these rows, in this order. Raises TableError if some are not there."""
+        places = {row_id: place for place, row_id in enumerate(ids)}
+        found: States | None = None
+        seen = np.zeros(len(ids), bool)
+        for batch in self._batches(shelf):
+            layers = int(batch["layers"][0].as_py())
+            own = [places.get(row_id, -1) for row_id in batch["id"].to_pylist()]
+            here = np.array([place >= 0 for place in own])
+            values = batch["states"].flatten().to_numpy(zero_copy_only=False)
+            values = values.reshape(len(own), layers, -1)
+            if found is None:
+                found = _space(layers, len(ids), values.shape[2])
+            at = np.array(own)[here]
+            found[:, at] = values[here].transpose(1, 0, 2)
+            seen[at] = True
+        if found is None or not seen.all():
+            raise TableError(
+                f"the states of {int((~seen).sum())} of {len(ids)} rows are gone, so that no "
+                "probes can be fitted; build the task anew (build --replace)"
+            )
+        return found
+
+    def forget_others(self, shelves: Mapping[str, str] | Sequence[str]) -> None:
+        """Removes the states of all shelves but these."""
+        if self._exists():
+            condition = f"NOT ({on_shelves(list(shelves)).replace('task IN', 'shelf IN')})"
+            self._database.open_table(STATES).delete(condition)
+
+    def _batches(self, shelf: str) -> Any:
+        if not self._exists():
+            return []
+        query = self._database.open_table(STATES).search().where(f"shelf = {sql_list([shelf])}")
+        return (b for b in query.select(["id", "layers", "states"]).to_batches(AT_ONCE) if len(b))
+
+    def _exists(self) -> bool:
+        return STATES in self._database.list_tables().tables
+
+
+def _space(layers: int, rows: int, hidden_size: int) -> States:
+    shape = (layers, rows, hidden_size)
+    if 2 * int(np.prod(shape)) <= IN_MEMORY_BYTES:
+        return np.empty(shape, np.float16)
+    with tempfile.NamedTemporaryFile(prefix="raee-states-") as scratch:
+        return np.memmap(scratch.name, np.float16, "w+", shape=shape)  # lives until it is let go
