@@ -21,7 +21,7 @@ NODE_READY := $(NODE_CLIENT)/node_modules/.package-lock.json
 # The service that pip-audit asks about each package.
 OSV := https://api.osv.dev
 
-.PHONY: demo test lint audit reproduce setup browser
+.PHONY: demo test lint audit setup browser
 .DEFAULT_GOAL := test
 
 demo: setup
@@ -29,16 +29,6 @@ demo: setup
 
 test: setup $(TOOLS_READY) $(NODE_READY) browser
 	$(PY) -m pytest -m "not gpu"
-
-# A reduced run of the studies in docs/results.md; of the demo task where there are no data sets.
-reproduce: RAEE_DATA ?= ../shared/data
-reproduce: OUT ?= reproduced
-reproduce: TASKS ?= $(if $(wildcard $(RAEE_DATA)/trec),cr subj trec,demo_sentiment)
-reproduce: setup
-	$(VENV)/bin/raee-serve build --model gemma3-270m --table $(OUT)/table --limit 600 \
-		--data $(RAEE_DATA) $(TASKS:%=--task %)
-	$(VENV)/bin/raee-serve eval suite all --model gemma3-270m --table $(OUT)/table --limit 100 \
-		--served 40 --data $(RAEE_DATA) --out $(OUT)
 
 lint: setup
 	$(VENV)/bin/ruff check .

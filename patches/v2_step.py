@@ -2,7 +2,8 @@
 
 Upstream: what `ModelState.prepare_attn` is given (`InputBatch`, block tables and slot mappings by
 KV cache group, `AttentionGroup.build_metadata`); in the forward context `attn_metadata` and
-`slot_mapping`, both by layer name; `GPUModelRunner.cudagraph_manager`.
+`slot_mapping`, both by layer name; `GPUModelRunner.cudagraph_manager`. That after a step the first
+logits the runner asks for are those it samples from, one row a request and one for each draft.
 Checked on: vLLM 0.32.0.
 Why no extension point serves: `prepare_attn` may return metadata for each layer, but the runner
 has made the slot mapping by then, and some backends keep metadata in buffers of their own, which
@@ -38,6 +39,7 @@ SEAM = Seam(
         f"{_RUNNER}.prepare_inputs": "bdd97f12ca57",
         f"{_RUNNER}.prepare_attn": "da2162a643e4",
         f"{_RUNNER}.sample": "78982d0f9f60",
+        f"{_RUNNER}.sample_tokens": "de7f3c7b008b",
         f"{_RUNNER}.capture_model": "bad5e0346103",
         f"{_ATTENTION}:build_attn_metadata": "b7faabe5c799",
         f"{_ATTENTION}:build_slot_mappings_by_layer": "ff47499588f2",

@@ -62,7 +62,7 @@ COMMANDS = (
     Command(
         "calibrate",
         "raee_serve.evaluation.calibrate_command",
-        "choose a task's rule and settings from the table's own rows",
+        "choose a task's budget and neighbours from the table's own rows",
     ),
     Command(
         "serve",
@@ -76,14 +76,9 @@ COMMANDS = (
         "show what would be decided for a prompt, and why, without an engine",
     ),
     Command(
-        "eval suite",
-        "raee_serve.evaluation.suite.command",
-        "studies of what retrieved exits give and cost, with pictures and a report",
-    ),
-    Command(
         "eval",
         "raee_serve.evaluation.run",
-        "measure accuracy and depth through a server (takes any flag of `serve`)",
+        "measure accuracy and depth, offline or through a server (takes any flag of `serve`)",
         forwards=True,
     ),
 )

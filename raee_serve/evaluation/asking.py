@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 from raee_serve.table.task import Task
 
 SUMMARY_TOKENS = 64
-"""Output length for free text; one token is enough to tell label words apart."""
+"""Output length for free text; a label is one answer of the server, or one token of its LM head."""
 
 
 UNDECIDED = {

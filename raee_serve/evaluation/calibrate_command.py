@@ -1,4 +1,4 @@
-"""`raee-serve calibrate`: choose a task's rule and settings from the table's own rows."""
+"""`raee-serve calibrate`: choose a task's budget and neighbours from the table's own rows."""
 
 from __future__ import annotations
 
@@ -10,33 +10,28 @@ from itertools import cycle
 from pathlib import Path
 from typing import Literal, cast
 
-from tqdm import tqdm
+import numpy as np
 
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.documents import WORDS, unseen_documents
-from raee_serve.retrieval.aggregate import QUALITY
+from raee_serve.exits.baselines import neighbour_votes
+from raee_serve.exits.choice import Choice
+from raee_serve.exits.neighbours import VOTERS
+from raee_serve.exits.replay import Outcome, Replay, frontier, shallowest_with
+from raee_serve.exits.shrinkage import kept_quality
+from raee_serve.records import EXIT_HEADS
 from raee_serve.retrieval.drawing import pyplot
-from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
-from raee_serve.retrieval.leave_one_out import (
-    LABEL_VOTE,
-    LABEL_VOTE_K,
-    WEIGHED_VOTE,
-    LeaveOneOut,
-    Outcome,
-    frontier,
-    shallowest,
-)
-from raee_serve.retrieval.left_out import left_out
+from raee_serve.retrieval.replayed import replay_of
 from raee_serve.table.datasets import add_data_argument, add_words_argument
-from raee_serve.table.schema import RuleChoice, TaskEntry
+from raee_serve.table.schema import TaskEntry
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
 
-DESCRIPTION = """Ask every row of a task as if the table did not hold it, under every rule and many
-settings; print the accuracy-depth frontier, and store the settings that fit the budget in the
-table, for servers that are started with it and not told otherwise. No test data is read. Of free
-text the accuracy is the share of full depth's quality that is kept, as the table's rows tell it, or
-with --generate as answers of the backbone show it."""
+DESCRIPTION = """Ask every row of a task as if the table did not hold it, with several numbers of
+neighbours and many budgets; print the accuracy-depth frontier, and store the settings that fit
+--budget in the table, for servers that are started with it and not told otherwise. No test data is
+read. Of free text the accuracy is the share of full depth's quality that is kept, as the table's
+rows tell it, or with --generate as answers of the backbone show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +76,12 @@ class Budget:
             chosen = max(within, key=lambda o: (o.accuracy, -o.depth), default=None)
             nearest = min(outcomes, key=lambda o: o.depth)
         else:
-            chosen = shallowest(outcomes, self.bound)
+            chosen = shallowest_with(outcomes, self.bound)
             nearest = max(outcomes, key=lambda o: o.accuracy)
         if chosen is None:
             raise RaeeError(
                 f"no setting has {self}; nearest: accuracy {nearest.accuracy:.3f} at depth "
-                f"{nearest.depth:.3f} ({describe(nearest.choice)})"
+                f"{nearest.depth:.3f} ({nearest.choice})"
             )
         return chosen
 
@@ -145,28 +140,21 @@ def run(args: Namespace) -> None:
         raise RaeeError(f"--generate {args.generate} needs at least 1 document, and --model")
     if args.generate is None and (args.model or args.base_url):
         raise RaeeError("--model and --base-url go with --generate N")
+    if args.png is not None and not args.png.parent.is_dir():
+        raise RaeeError(f"--png {args.png}: there is no directory {args.png.parent}")
     table = ExitTable.open(args.table)
     for name in args.task:
         entry = _entry(table, name)
         budget.check(entry)
         if args.generate is not None and entry.kind == "labels":
-            raise TaskError(f"--generate is for free text, and {name} has label words")
+            raise TaskError(f"--generate is for free text, and {name} has labels")
     chosen = {name: _calibrate(table, name, budget, args) for name in args.task}
     table.put_choices(chosen)
     for name, choice in chosen.items():
-        print(f"raee-serve: {name}: stored {describe(choice)} in {args.table}")
+        print(f"raee-serve: {name}: stored {choice} in {args.table}")
 
 
-def describe(choice: RuleChoice) -> str:
-    text = f"{choice.rule}, k {choice.k}"
-    if choice.rule == QUALITY:
-        return f"{text}, quality {choice.quality:g}"
-    if choice.rule != "published":
-        text += f", fraction {choice.fraction:g}"
-    return text + (f", vote weight {choice.vote_weight:g}" if choice.rule == "fused" else "")
-
-
-def _calibrate(table: ExitTable, name: str, budget: Budget, args: Namespace) -> RuleChoice:
+def _calibrate(table: ExitTable, name: str, budget: Budget, args: Namespace) -> Choice:
     tried = _left_out(table, name) if args.generate is None else _generated(table, name, args)
     best = frontier(tried.outcomes)
     print(f"{name}: {tried.on}")
@@ -183,13 +171,18 @@ def _calibrate(table: ExitTable, name: str, budget: Budget, args: Namespace) -> 
 
 
 def _left_out(table: ExitTable, name: str) -> Tried:
-    rows = _rows(table, name)
-    progress = tqdm(rows.every_outcome(), desc=f"calibrating {name}", unit=" settings")
+    rows = replay_of(table, name)
+    if rows.kind == "plain":
+        raise TaskError(
+            f"task {name} has no probes ({table.metadata.built[name].no_fit}): exits of its plain "
+            "head go by the paper's rule, which has no budget"
+        )
+    is_free_text = rows.kind == "free-text"
     return Tried(
         f"{rows.num_rows} rows, each left out in turn",
-        "accuracy" if isinstance(rows, LeaveOneOut) else "quality",
-        list(progress),
-        _baselines(rows),
+        "quality" if is_free_text else "accuracy",
+        rows.outcomes(rows.every_choice()),
+        _fixed_exits(rows) if is_free_text else _baselines(table, name, rows),
     )
 
 
@@ -202,21 +195,36 @@ def _generated(table: ExitTable, name: str, args: Namespace) -> Tried:
     return Tried(f"{len(examples)} documents that the table lacks", "ROUGE-L", outcomes)
 
 
-def _baselines(rows: LeaveOneOut | FreeTextLeaveOneOut) -> list[Line]:
+def _baselines(table: ExitTable, name: str, replay: Replay) -> list[Line]:
     """What needs no exit decision."""
-    if isinstance(rows, FreeTextLeaveOneOut):
-        return list(rows.fixed_exits())
-    layer, accuracy = rows.best_layer()
+    rows, by_layer = table.rows(name), replay.worth[:, 0].mean(axis=0, dtype=float)
+    assert rows.golds is not None
+    own = np.arange(len(rows))
+    about = rows.vectors, own, rows.vectors, rows.golds, len(table.metadata.tasks[name].labels)
+    vote = float((neighbour_votes(*about).argmax(axis=1) == rows.golds).mean())
+    best = int(by_layer.argmax())
+    lines = [
+        (1.0, float(by_layer[-1]), "full depth, by probe"),
+        ((best + 1) / len(by_layer), float(by_layer[best]), f"best fixed layer ({best + 1})"),
+        (0.0, vote, f"label vote of {VOTERS} neighbours, no model"),
+    ]
+    if rows.plain_probs is None:
+        return lines
+    return [(1.0, float((rows.plain_probs[:, -1] > 0).mean()), "full depth, by LM head"), *lines]
+
+
+def _fixed_exits(replay: Replay) -> list[Line]:
+    """What each probed exit of free text keeps, were all rows to take it."""
+    kept = kept_quality(replay.worth)
     return [
-        (1.0, rows.full_depth(), "full depth"),
-        (layer / rows.num_layers, accuracy, f"best fixed layer ({layer}), calibrated"),
-        (0.0, rows.label_vote(LABEL_VOTE_K), LABEL_VOTE),
-        (0.0, rows.stacked_vote(), WEIGHED_VOTE),
+        ((at + 1) / replay.num_layers, float(kept[place, at]), f"layer {at + 1} for all, {head}")
+        for place, head in enumerate(EXIT_HEADS)
+        for at in np.flatnonzero(kept[place])
     ]
 
 
 def _line(outcome: Outcome) -> Line:
-    return outcome.depth, outcome.accuracy, describe(outcome.choice)
+    return outcome.depth, outcome.accuracy, str(outcome.choice)
 
 
 def _entry(table: ExitTable, name: str) -> TaskEntry:
@@ -227,16 +235,11 @@ def _entry(table: ExitTable, name: str) -> TaskEntry:
     return entry
 
 
-def _rows(table: ExitTable, name: str) -> LeaveOneOut | FreeTextLeaveOneOut:
-    entry, num_layers = table.metadata.tasks[name], table.metadata.backbone.num_layers
-    return left_out(table.rows(name), entry, num_layers)
-
-
 def _draw(name: str, tried: Tried, best: Sequence[Outcome], chosen: Outcome, target: Path) -> None:
     """The frontier, the choice, and what needs no retrieval beside them."""
     figure, axes = pyplot().subplots(figsize=(6, 4), dpi=150)
     axes.step([o.depth for o in best], [o.accuracy for o in best], where="post", label="frontier")
-    axes.plot([chosen.depth], [chosen.accuracy], "o", label=f"chosen: {describe(chosen.choice)}")
+    axes.plot([chosen.depth], [chosen.accuracy], "o", label=f"chosen: {chosen.choice}")
     for (depth, accuracy, what), marker in zip(tried.baselines, cycle("s^x+"), strict=False):
         axes.plot([depth], [accuracy], marker, label=what)
     axes.set(xlabel="mean depth / full depth", ylabel=f"{tried.measure} on {tried.on}", title=name)

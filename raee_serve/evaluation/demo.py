@@ -10,14 +10,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from raee_serve.checkpoints import resolve_backbone
 from raee_serve.evaluation.asking import Answer, Asker, asker
 from raee_serve.evaluation.report import TaskResult, as_json, as_table
-from raee_serve.evaluation.run import LENGTH_FLAGS, OWN_SERVER_FLAGS, evaluate, shuffled_rows
+from raee_serve.evaluation.run import (
+    LENGTH_FLAGS,
+    OWN_SERVER_FLAGS,
+    WARM_UP,
+    evaluate,
+    full_depth_of,
+    shuffled_rows,
+)
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.table.datasets import DEFAULT_ROOT, Example
 from raee_serve.table.task import Task
@@ -53,7 +60,9 @@ def main() -> None:
         results |= {f"{part.backbone}/{name}": result for name, result in run_part(part).items()}
     say(f"Quality, depth and speed (the whole demo took {time.perf_counter() - start:.0f} s)")
     print(as_table(results))
-    print(as_json(results), flush=True)
+    print(as_json(results))
+    for name, result in results.items():
+        print(f"{name}: {verdict(result)}", flush=True)
 
 
 def run_part(part: Part) -> dict[str, TaskResult]:
@@ -86,17 +95,22 @@ async def ask_and_evaluate(
 ) -> dict[str, TaskResult]:
     for task in tasks:
         say(f"{task.name}: {task.prompt.template!r}")
+        full_depth = await full_depth_of(server, task)
+        for options in ({}, full_depth):
+            await server.ask_all(task, WARM_UP, options, CONCURRENCY)
         for example in examples[task.name][:SHOWN]:
-            await show(server, task, example)
+            await show(server, task, example, full_depth)
     return await evaluate(server, tasks, examples, {}, CONCURRENCY)
 
 
-async def show(server: Asker, task: Task, example: Example) -> None:
+async def show(
+    server: Asker, task: Task, example: Example, full_depth: Mapping[str, object]
+) -> None:
     """Print one text's answers at retrieved and at full depth, side by side."""
-    gold = example.gold if isinstance(example.gold, str) else task.label_words[example.gold]
+    gold = example.gold if isinstance(example.gold, str) else task.labels[example.gold]
     print(f"\n  {shortened(example.text)}\n    gold       {shortened(gold)}")
     retrieved = await server.ask(task, example.text, {})
-    full = await server.ask(task, example.text, {"exit_layer": "full"})
+    full = await server.ask(task, example.text, full_depth)
     for name, answer in (("retrieved", retrieved), ("full depth", full)):
         print(f"    {name:<10} {shortened(answer.text.strip())}   [{how(answer)}]", flush=True)
 
@@ -105,6 +119,18 @@ def how(answer: Answer) -> str:
     depth = f"{answer.exit_layer} of {answer.num_layers} layers, {answer.reason}"
     near = "" if answer.distance == "-" else f", nearest row at {answer.distance}"
     return f"{depth}{near}, {answer.latency_s * 1000:.0f} ms"
+
+
+def verdict(result: TaskResult) -> str:
+    """Whether a task is shallower than full depth, at least as right, and faster."""
+    shallower = "shallower" if result.mean_exit_layer < result.num_layers else "not shallower"
+    right = "at least as right" if result.raee_accuracy >= result.full_accuracy else "less right"
+    faster = "faster" if result.raee_rps > result.full_rps else "not faster"
+    return (
+        f"{result.mean_exit_layer:.1f} of {result.num_layers} layers ({shallower}), "
+        f"{result.metric} {result.raee_accuracy:.3f} against {result.full_accuracy:.3f} at full "
+        f"depth ({right}), {result.raee_rps:.1f} against {result.full_rps:.1f} requests/s ({faster})"
+    )
 
 
 def data_root() -> str | None:

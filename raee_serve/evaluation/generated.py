@@ -18,12 +18,11 @@ from raee_serve.evaluation.run import LENGTH_FLAGS, PATIENCE_FLAGS
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.evaluation.summary_report import results
 from raee_serve.evaluation.summary_turns import Kept, accepted, ask_all, rows_of
-from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
-from raee_serve.retrieval.leave_one_out import Outcome
-from raee_serve.retrieval.left_out import left_out
-from raee_serve.retrieval.task_index import choice_of, quality_neighbours
+from raee_serve.exits.choice import Choice
+from raee_serve.exits.replay import BUDGETS, Outcome
+from raee_serve.retrieval.replayed import replay_of
+from raee_serve.retrieval.task_index import choice_of
 from raee_serve.table.datasets import Example
-from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 
@@ -54,7 +53,7 @@ def generated_outcomes(
 
 async def outcomes_of_answers(
     server: Asker,
-    choices: Sequence[RuleChoice],
+    choices: Sequence[Choice],
     task: Task,
     examples: Sequence[Example],
     kept: Kept,
@@ -67,7 +66,7 @@ async def outcomes_of_answers(
     choices: deepest first. Answers are noisy, so shares are fitted that fall with the depth
     (isotonic regression). Raises RaeeError where the server refuses any of them.
     """
-    asked = rows_of([], {choice.quality: choice for choice in choices})
+    asked = rows_of([], {choice.budget: choice for choice in choices})
     rows = await accepted(server, task, examples[0].text, asked)
     if refused := [row.name for row in asked if row not in rows]:
         raise RaeeError(f"task {task.name}: the server refuses {', '.join(refused)}")
@@ -81,29 +80,28 @@ async def outcomes_of_answers(
     ]
 
 
-def said(outcomes: Sequence[Outcome], budgets: Mapping[float, RuleChoice | None]) -> str:
+def said(outcomes: Sequence[Outcome], budgets: Mapping[float, Choice | None]) -> str:
     """What was found, and what is asked for budgets."""
     tried = "; ".join(
-        f"quality {o.choice.quality:g} keeps {o.accuracy:.3f} at depth {o.depth:.3f}"
+        f"budget {o.choice.budget:g} keeps {o.accuracy:.3f} at depth {o.depth:.3f}"
         for o in outcomes
     )
     made = ", ".join(
-        f"{choice.quality if choice else 'full depth'} to keep {budget:g}"
+        f"{choice.budget if choice else 'full depth'} to keep {budget:g}"
         for budget, choice in budgets.items()
     )
     return f"{tried}. Asked for: {made}"
 
 
-def differing_choices(table: ExitTable, task: Task) -> list[RuleChoice]:
-    """Rule `quality` with thresholds of which no two take the table's own rows to the same layer,
-    on average; the deepest first.
+def differing_choices(table: ExitTable, task: Task) -> list[Choice]:
+    """Budgets of which no two take the table's own rows to the same layer, on average; the deepest
+    first.
 
     Raises TableError for unusable rows, TaskError for too few.
     """
-    entry, num_layers = table.metadata.tasks[task.name], table.metadata.backbone.num_layers
-    rows = left_out(table.rows(task.name), entry, num_layers)
-    assert isinstance(rows, FreeTextLeaveOneOut)
-    by_layer: dict[int, RuleChoice] = {}
-    for outcome in rows.outcomes(quality_neighbours(choice_of(table.metadata, entry))):
-        by_layer.setdefault(round(outcome.depth * num_layers), outcome.choice)
+    stored = choice_of(table.metadata, table.metadata.tasks[task.name])
+    rows = replay_of(table, task.name)
+    by_layer: dict[int, Choice] = {}
+    for outcome in rows.outcomes([Choice(stored.k, budget) for budget in BUDGETS]):
+        by_layer.setdefault(round(outcome.depth * rows.num_layers), outcome.choice)
     return [by_layer[layer] for layer in sorted(by_layer, reverse=True)]

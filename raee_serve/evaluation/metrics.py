@@ -32,19 +32,19 @@ def score(task: Task, answers: Sequence[str], golds: Sequence[int | str]) -> flo
 def score_labels(task: Task, predicted: Sequence[int | None], labels: Sequence[int]) -> float:
     """As `score`, of label indices."""
     if metric_name(task) == "matthews":
-        return matthews(predicted, labels, len(task.label_words))
+        return matthews(predicted, labels, len(task.labels))
     return accuracy(predicted, labels)
 
 
 def predicted_label(task: Task, answer: str) -> int | None:
-    """Index of the label word that `answer` is, or is the only one to begin with.
+    """Index of the label that `answer` is, or is the only one to begin with.
 
-    One token is enough to tell the label words of a task apart, but may be a part of the word.
+    The LM head answers one token, which may be a part of the label.
     """
     said = answer.strip()
-    if said in task.label_words:
-        return task.label_words.index(said)
-    begun = [i for i, word in enumerate(task.label_words) if said and word.startswith(said)]
+    if said in task.labels:
+        return task.labels.index(said)
+    begun = [i for i, label in enumerate(task.labels) if said and label.startswith(said)]
     return begun[0] if len(begun) == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""Offline results: one table a rule, everything it is to be compared with beside it; and JSON."""
+"""Offline results: a table, what it says in a sentence a task, and JSON."""
 
 from __future__ import annotations
 
@@ -7,104 +7,143 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from raee_serve.evaluation.baselines import LABEL_VOTE, WEIGHED_VOTE, Answers
-from raee_serve.evaluation.metrics import metric_name, score_labels
+from raee_serve.evaluation.metrics import metric_name
 from raee_serve.evaluation.paired import Comparison, compare
 from raee_serve.evaluation.report import aligned
 
 if TYPE_CHECKING:
-    from raee_serve.evaluation.offline import TaskAnswers
+    from raee_serve.evaluation.offline import Answers, Evaluated
 
-VOTES = (LABEL_VOTE, WEIGHED_VOTE)
-
-
-def as_tables(results: Sequence[TaskAnswers]) -> str:
-    """For each rule its scores and the baselines' by task, their means, and the mean depths."""
-    return "\n\n".join(_rule_table(rule, results) for rule in results[0].rules)
+BASELINES = ("full", "full_calibrated", "best_fixed_layer", "label_vote", "logistic_regression")
+LINEAR = "logistic_regression"
+NOTHING = 0.005
+"""A gain in accuracy that is at most so large is none."""
 
 
-def as_json(results: Sequence[TaskAnswers]) -> str:
-    """One line: {"tasks": {NAME: {...}}, "means": {WAY: {...}}, "against_votes": {RULE: {...}}}."""
-    names = list(_ways(results[0]))
-    rules = list(results[0].rules)
-    return json.dumps(
-        {
-            "tasks": {result.task.name: _task_fields(result) for result in results},
-            "means": {
-                name: {
-                    "score": round(_mean(_score(r, _ways(r)[name]) for r in results), 4),
-                    "depth": round(_mean(_ways(r)[name].depth for r in results), 4),
-                }
-                for name in names
-            },
-            "against_votes": {
-                rule: {vote: _comparison_fields(_against(rule, vote, results)) for vote in VOTES}
-                for rule in rules
-            },
-        }
-    )
+def as_table(results: Sequence[Evaluated]) -> str:
+    """Scores by task, their means, the mean depths; then the verdicts."""
+    rows = [["", *(result.task.name for result in results), "mean", "depth"]]
+    for budget in results[0].budgets:
+        rows += _lines(f"budget {budget:g}", [result.budgets[budget] for result in results])
+    rows += _lines("published", [result.published for result in results])
+    for name in BASELINES:
+        ways = [result.baselines[name] for result in results]
+        rows += _lines(name, ways, has_depths=name == "best_fixed_layer")
+    return "\n".join([aligned(rows), "", *_verdicts(results)])
 
 
-def _rule_table(rule: str, results: Sequence[TaskAnswers]) -> str:
-    rows = [[f"rule {rule}", *(result.task.name for result in results), "mean", "depth"]]
-    for name in (rule, *results[0].baselines):
-        scores = [_score(result, _ways(result)[name]) for result in results]
-        depth = _mean(_ways(result)[name].depth for result in results)
-        rows.append([name, *(f"{s:.3f}" for s in (*scores, _mean(scores))), f"{depth:.2f}"])
-    own = [result.rules[rule] for result in results]
-    depths = [answers.depth for answers in own]
-    rows.append(["depth", *(f"{depth:.2f}" for depth in (*depths, _mean(depths))), ""])
-    for reason in sorted({reason for answers in own for reason in answers.reasons}):
-        shares = [answers.reasons[reason] / answers.reasons.total() for answers in own]
-        rows.append([f"share {reason}", *(f"{s:.3f}" for s in (*shares, _mean(shares))), ""])
-    against = [f"{rule} against {vote}: {_against(rule, vote, results)}" for vote in VOTES]
-    return "\n".join([aligned(rows), *against])
+def as_json(results: Sequence[Evaluated]) -> str:
+    """One line: means over the tasks, and under "tasks" the same of each task."""
+    tasks = {result.task.name: _fields([result]) | _task_fields(result) for result in results}
+    return json.dumps({**_fields(_averaged(results)), "tasks": tasks})
 
 
-def _ways(result: TaskAnswers) -> dict[str, Answers]:
-    return {**result.rules, **result.baselines}
+def _averaged(results: Sequence[Evaluated]) -> Sequence[Evaluated]:
+    """Label tasks, or free text where there is nothing else: what these score is not the same."""
+    return [result for result in results if result.task.kind == "labels"] or results
 
 
-def _score(result: TaskAnswers, answers: Answers) -> float:
-    return score_labels(result.task, answers.predicted.tolist(), result.golds.tolist())
-
-
-def _right(result: TaskAnswers, way: str) -> NDArray[np.bool_]:
-    return _ways(result)[way].predicted == result.golds
-
-
-def _against(rule: str, vote: str, results: Sequence[TaskAnswers]) -> Comparison:
-    """In accuracy, also where a task's own metric is another."""
-    return compare(
-        [_right(result, rule) for result in results], [_right(result, vote) for result in results]
-    )
-
-
-def _task_fields(result: TaskAnswers) -> dict[str, Any]:
+def _fields(results: Sequence[Evaluated]) -> dict[str, Any]:
+    """Means over tasks; None where one of them has no such answers."""
+    best_fixed = [result.baselines["best_fixed_layer"] for result in results]
     return {
-        "n": len(result.golds),
-        "metric": metric_name(result.task),
-        "ways": {
-            name: {
-                "score": round(_score(result, answers), 4),
-                "depth": round(answers.depth, 4),
-                "reasons": dict(answers.reasons),
+        "budgets": [
+            {
+                "budget": budget,
+                **_way([result.budgets[budget] for result in results]),
+                "over_logistic_regression": _gain(results, budget),
             }
-            for name, answers in _ways(result).items()
+            for budget in results[0].budgets
+        ],
+        "baselines": {
+            name: _way([result.baselines[name] for result in results])["accuracy"]
+            for name in BASELINES
         },
+        "best_fixed_layer_depth": _way(best_fixed)["depth"],
+        "published": _way([result.published for result in results]),
+        "verdict": _verdict(results),
     }
 
 
-def _comparison_fields(found: Comparison) -> dict[str, float]:
+def _task_fields(result: Evaluated) -> dict[str, Any]:
+    is_free_text = result.task.kind == "free-text"
     return {
-        "difference": round(found.difference, 4),
-        "low": round(found.low, 4),
-        "high": round(found.high, 4),
-        "p": found.p,
+        "rows": len(next(iter(result.budgets.values())).gained),
+        "metric": "quality kept" if is_free_text else metric_name(result.task),
+        "reasons": [dict(answers.reasons) for answers in result.budgets.values()],
     }
 
 
-def _mean(values: Any) -> float:
-    return float(np.mean(list(values)))
+def _way(ways: Sequence[Answers | None]) -> dict[str, float | None]:
+    known = [way for way in ways if way is not None]
+    if len(known) < len(ways):
+        return {"accuracy": None, "depth": None}
+    return {
+        "accuracy": round(float(np.mean([way.score for way in known])), 4),
+        "depth": round(float(np.mean([way.depth for way in known])), 4),
+    }
+
+
+def _compared(results: Sequence[Evaluated], budget: float) -> Comparison | None:
+    """Ours against the logistic regression, in accuracy, row by row."""
+    ours = [result.budgets[budget].gained for result in results]
+    theirs = [way.gained for result in results if (way := result.baselines[LINEAR])]
+    return compare(ours, theirs) if len(theirs) == len(ours) else None
+
+
+def _gain(results: Sequence[Evaluated], budget: float) -> dict[str, float] | None:
+    found = _compared(results, budget)
+    if found is None:
+        return None
+    return {name: round(getattr(found, name), 4) for name in ("difference", "low", "high")}
+
+
+def _verdicts(results: Sequence[Evaluated]) -> list[str]:
+    lines = [f"{result.task.name}: {_verdict([result])}" for result in results]
+    if len(averaged := _averaged(results)) > 1:
+        lines.append(f"mean of {len(averaged)}: {_verdict(averaged)}")
+    return lines
+
+
+def _verdict(results: Sequence[Evaluated]) -> str:
+    """What the highest budget says."""
+    budget = max(results[0].budgets)
+    way = _way([result.budgets[budget] for result in results])
+    about = f"{way['accuracy']:.3f} at {way['depth']:.2f} of the layers (budget {budget:g})"
+    found = _compared(results, budget)
+    if found is None:
+        return f"{about}."
+    if found.high <= NOTHING:
+        return (
+            "The language model adds nothing here: a linear classifier on embeddings does as well "
+            f"({about}, difference {_interval(found)})."
+        )
+    if found.low > 0:
+        return f"{about}, {_interval(found)} over a linear classifier on embeddings."
+    return (
+        f"{about}; the difference from a linear classifier on embeddings, {_interval(found)}, may "
+        "be chance."
+    )
+
+
+def _interval(found: Comparison) -> str:
+    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def _lines(
+    name: str, ways: Sequence[Answers | None], *, has_depths: bool = True
+) -> list[list[str]]:
+    """The scores of one way by task, and the depths where they differ between tasks."""
+    if not any(ways):
+        return []
+    mean = _way(ways)
+    scores = [way and way.score for way in ways]
+    lines = [[name, *map(_cell, [*scores, mean["accuracy"]]), _cell(mean["depth"])]]
+    if has_depths:
+        lines.append(["  depth", *map(_cell, [way and way.depth for way in ways]), "", ""])
+    return lines
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

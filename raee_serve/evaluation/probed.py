@@ -1,115 +1,122 @@
-"""A task's test rows as backbone and encoder see them: computed once, kept in the cache folder.
-
-They are kept as exit tables of their own, so that a larger --limit only adds what is missing. No
-server ever reads them.
-"""
+"""A task's test rows, as backbone and encoder see them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from raee_serve.checkpoints import cache_dir
-from raee_serve.errors import RaeeError
-from raee_serve.fingerprint import BackboneIdentity
-from raee_serve.retrieval.encoder import Encoder
-from raee_serve.table.build import TaskBuilder
+from raee_serve.exits.fit import ALONE, TaskFit
+from raee_serve.retrieval.retriever import KnowsItself
+from raee_serve.table.build import DEFAULT_BATCH_TOKENS
 from raee_serve.table.datasets import Example
+from raee_serve.table.evidence import free_text_quality
 from raee_serve.table.probe import LayerProbe
-from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskRows, row_id
-from raee_serve.table.store import ExitTable
+from raee_serve.table.rows import Batch, ItemMaker, Scores, length_batches
+from raee_serve.table.schema import EncoderIdentity, TaskEntry, TaskRows
 from raee_serve.table.task import Task
+
+AT_ONCE = 64
+"""Texts embedded together."""
 
 
 @dataclass(frozen=True, slots=True)
-class ProbedTask:
-    """Test rows of a label-word task, in the order asked for.
+class LabelRows:
+    """Test rows of a label task.
 
-    texts: n; golds: [n]; vectors: [n, dimension]; label_logprobs: [n, num_layers, num_labels].
+    golds: [n]. scores: by name of a probe what the state alone says, [n, num_labels]; empty for a
+        task without probes. alone: the probe that answers without a look-up, None likewise.
+    plain: [n, num_layers, num_labels] log-probabilities by the plain head; None where labels share
+        their first token.
     """
 
-    texts: list[str]
     golds: NDArray[np.int32]
-    vectors: NDArray[np.float32]
-    label_logprobs: NDArray[np.float32]
+    scores: dict[str, NDArray[np.float32]]
+    alone: str | None
+    plain: NDArray[np.float32] | None
 
 
-class ProbeCache:
-    """Probes test rows, or finds them probed. The models are loaded only for rows that are new."""
+def label_rows(
+    backbone: LayerProbe,
+    task: Task,
+    entry: TaskEntry,
+    fit: TaskFit | None,
+    examples: Sequence[Example],
+) -> LabelRows:
+    """entry, fit: the table's. Of a row's states nothing is kept but the probes' scores."""
+    probes = {} if fit is None else fit.named_probes(entry.name)
+    at = [] if fit is None else [*range(len(fit.layers)), len(fit.layers) - 1]
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        backbone: BackboneIdentity,
-        encoder: EncoderIdentity,
-        encoder_name: str,
-        root: Path | None = None,
-    ) -> None:
-        """encoder: the table's; encoder_name: where it is found; root: where rows are kept, by
-        default in the cache folder."""
-        self._root = root or cache_dir() / "test-rows"
-        self._checkpoint = checkpoint
-        self._metadata = TableMetadata(backbone, encoder)
-        self._encoder_name = encoder_name
-        self._models: tuple[LayerProbe, Encoder] | None = None
+    def scores(batch: Batch) -> Scores:
+        layers = () if fit is None else fit.layers
+        prompts = [item.prompt for item in batch]
+        states, plain = backbone.label_states(prompts, layers, entry.plain_token_ids)
+        own = [
+            probe.scores(states[:, place].astype(np.float32))
+            for probe, place in zip(probes.values(), at, strict=True)
+        ]
+        return *own, plain
 
-    def of(self, task: Task, examples: Sequence[Example]) -> ProbedTask:
-        """Raises BindingError if the encoder found is not the table's."""
-        ids = [row_id(task.name, example.text, example.gold) for example in examples]
-        table = ExitTable.open_or_create(str(self._folder(task)), self._metadata)
-        known = table.row_ids(task.name) if task.name in table.metadata.tasks else set()
-        if not set(ids) <= known:
-            probe, encoder = self._loaded()
-            TaskBuilder(task, table, probe, encoder).build(examples)
-        return _in_order(table.rows(task.name), ids, [example.text for example in examples])
-
-    def _folder(self, task: Task) -> Path:
-        """One for everything that a row depends on, save its text and gold answer."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        key = [asdict(self._metadata.backbone), self._metadata.encoder.weights, task.version]
-        digest = hashlib.sha256(json.dumps([*key, device]).encode()).hexdigest()[:16]
-        return self._root / f"{task.name}-{digest}"
-
-    def _loaded(self) -> tuple[LayerProbe, Encoder]:
-        if self._models is None:
-            encoder = Encoder(self._encoder_name, threads=torch.get_num_threads())
-            self._metadata.check_encoder(encoder.identity(), "of the test rows")
-            self._models = LayerProbe(self._checkpoint), encoder
-        return self._models
+    *own, plain = _in_batches(backbone, task, examples, scores)
+    return LabelRows(
+        np.array([example.gold for example in examples], np.int32),
+        dict(zip(probes, own, strict=True)),
+        f"{entry.name}/{ALONE}" if probes else None,
+        plain if entry.plain_token_ids else None,
+    )
 
 
-class KnownVectors:
-    """Stands in for an encoder whose vectors of some texts are known already."""
+def quality_of(
+    backbone: LayerProbe, task: Task, entry: TaskEntry, examples: Sequence[Example]
+) -> NDArray[np.float32]:
+    """[n, len(EXIT_HEADS), num_layers] of free text, as `table.evidence` has it of table rows."""
 
-    def __init__(self, encoder: EncoderIdentity, tasks: Sequence[ProbedTask]) -> None:
-        self._identity = encoder
+    def hits(batch: Batch) -> Scores:
+        prompts, references = zip(*((i.prompt, i.reference) for i in batch), strict=True)
+        return (backbone.reference_scores(prompts, references, entry.layers)[1],)
+
+    [found] = _in_batches(backbone, task, examples, hits)
+    rows = TaskRows([""] * len(found), np.empty((len(found), 0), np.float32), reference_hits=found)
+    return free_text_quality(rows, entry, backbone.num_layers)
+
+
+def _in_batches(
+    backbone: LayerProbe,
+    task: Task,
+    examples: Sequence[Example],
+    score: Callable[[Batch], Scores],
+) -> list[NDArray]:
+    """Each of the arrays that `score` gives, of all rows in the order of `examples`."""
+    maker = ItemMaker(task, backbone)
+    items = [maker.item(example) for example in examples]
+    order = sorted(range(len(items)), key=lambda i: items[i].length, reverse=True)
+    parts = []
+    with tqdm(total=len(items), desc=f"{task.name} test rows", unit="row") as bar:
+        for batch in length_batches([items[i] for i in order], DEFAULT_BATCH_TOKENS):
+            parts.append(score(batch))
+            bar.update(len(batch))
+    back = np.argsort(order)
+    return [np.concatenate(part)[back] for part in zip(*parts, strict=True)]
+
+
+class Remembering:
+    """An encoder that embeds each text once, some at a time."""
+
+    def __init__(self, encoder: KnowsItself) -> None:
+        self._encoder = encoder
         self.dimension = encoder.dimension
-        self._vectors = {
-            text: vector
-            for task in tasks
-            for text, vector in zip(task.texts, task.vectors, strict=True)
-        }
+        self._known: dict[str, NDArray[np.float32]] = {}
 
     def identity(self) -> EncoderIdentity:
-        return self._identity
+        return self._encoder.identity()
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """[len(texts), dimension]. Raises RaeeError for a text that is not known."""
-        unknown = [text for text in texts if text not in self._vectors]
-        if unknown:
-            raise RaeeError(f"no vector is known of {unknown[0][:40]!r}")
-        return np.array([self._vectors[text] for text in texts], np.float32)
-
-
-def _in_order(rows: TaskRows, ids: Sequence[str], texts: list[str]) -> ProbedTask:
-    assert rows.golds is not None and rows.label_logprobs is not None
-    position = {id: i for i, id in enumerate(rows.ids)}
-    order = [position[id] for id in ids]
-    return ProbedTask(texts, rows.golds[order], rows.vectors[order], rows.label_logprobs[order])
+        """[len(texts), dimension]"""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for start in tqdm(range(0, len(new), AT_ONCE), desc="embedding", disable=len(new) < 1000):
+            part = new[start : start + AT_ONCE]
+            self._known |= zip(part, self._encoder.encode(part), strict=True)
+        return np.stack([self._known[text] for text in texts])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from openai import BadRequestError
+
 from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Asker, asker
 from raee_serve.evaluation.report import TaskResult, as_json, as_table
@@ -23,15 +25,15 @@ OWN_SERVER_FLAGS = (*PATIENCE_FLAGS, "--no-enable-prefix-caching")
 """And so that the second run gains nothing from the first."""
 LENGTH_FLAGS = ("--max-model-len", "2048")
 """Long enough for all tasks, and less memory than the models' own lengths take."""
-WARM_UP = 4
-"""Requests before anything is timed, at full and at retrieved depth each."""
+WARM_UP = [f"A text to warm up with, number {n}." for n in range(8)]
+"""Asked about before anything is timed, at full and at retrieved depth each."""
 
 DESCRIPTION = """Ask a server about a task's test rows, once at full depth and once at retrieved
 depths, and compare quality, depth and speed. Starts a server of its own unless --base-url names
 one; flags not listed here go to that server. With --offline there is no server: the rows are probed
-(once, then kept), and several rules compared with each other and with what needs no decision; of
-the server's flags --fraction, --vote-weight, --max-distance, --encoder and --exit-points apply. The
-last line is one JSON object."""
+here, and several budgets are compared with the paper's rule, with full depth, and with baselines
+that decide nothing or need no language model. Of the server's flags --max-distance, --encoder,
+--shortcuts-file and --exit-points apply there. The last line is one JSON object."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,16 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_argument(parser)
     parser.add_argument("--limit", type=_positive, metavar="N", help="test rows a task")
     parser.add_argument("--base-url", metavar="URL", help="a running raee-serve")
-    parser.add_argument("--offline", action="store_true", help="without a server; no free text")
+    parser.add_argument("--offline", action="store_true", help="without a server")
     parser.add_argument(
-        "--rule",
-        action="append",
-        help="how exits are chosen; the server's default if not given. With --offline repeat for "
-        "several, or 'stored' for each task's own choice (default: all)",
+        "--budgets",
+        type=float,
+        nargs="+",
+        metavar="B",
+        help="shares of the best exit's expected quality to keep, of which a server is asked for "
+        "one (default: its own; with --offline 0.9 0.95 0.98 0.99)",
     )
     parser.add_argument("--k", type=int, help="neighbours; the server's default if not given")
     parser.add_argument("--concurrency", type=_positive, default=32, help="default: 32")
     parser.add_argument("--seed", type=int, default=0, help="of the row shuffle (default: 0)")
+    parser.add_argument("--json", action="store_true", help="leave out the tables")
 
 
 def run(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
@@ -64,13 +69,14 @@ def run(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
 
         offline.run(args, rest, tasks, examples)
         return
-    raee = {"rule": _only_rule(args.rule), "k": args.k}
+    raee = {"budget": _only_one(args.budgets), "k": args.k}
     raee = {key: value for key, value in raee.items() if value is not None}
     with _server(args, rest) as url:
         results = asyncio.run(
             evaluate(asker(url, args.model), tasks, examples, raee, args.concurrency)
         )
-    print(as_table(results))
+    if not args.json:
+        print(as_table(results))
     print(as_json(results), flush=True)
 
 
@@ -86,14 +92,14 @@ async def evaluate(
     raee: dict[str, Any],
     concurrency: int,
 ) -> dict[str, TaskResult]:
-    """Each task's result, in task order. `raee` (rule, k) applies to the retrieved run."""
+    """Each task's result, in task order. `raee` (budget, k) applies to the retrieved run."""
     results = {}
     for task in tasks:
         rows = examples[task.name]
         texts, golds = [row.text for row in rows], [row.gold for row in rows]
-        full_depth = {"exit_layer": "full"}
+        full_depth = await full_depth_of(server, task)
         for options in (full_depth, raee):
-            await server.ask_all(task, texts[:WARM_UP], options, concurrency)
+            await server.ask_all(task, WARM_UP, options, concurrency)
         full = await server.ask_all(task, texts, full_depth, concurrency)
         retrieved = await server.ask_all(task, texts, raee, concurrency)
         results[task.name] = TaskResult.of(task, golds, full, retrieved)
@@ -101,10 +107,25 @@ async def evaluate(
     return results
 
 
-def _only_rule(rules: Sequence[str] | None) -> str | None:
-    if rules and len(rules) > 1:
-        raise RaeeError(f"--rule is given {len(rules)} times, which only --offline can compare")
-    return rules[0] if rules else None
+async def full_depth_of(server: Asker, task: Task) -> dict[str, Any]:
+    """The options of requests for full depth through the LM head, as without a table.
+
+    Labels that it cannot tell apart are answered by the last layer's probe instead.
+    """
+    through_head = {"exit_layer": "full", "head": "plain"}
+    if task.kind == "free-text":
+        return {"exit_layer": "full"}
+    try:
+        await server.ask(task, WARM_UP[0], through_head)
+    except BadRequestError:
+        return {"exit_layer": "full"}
+    return through_head
+
+
+def _only_one(budgets: Sequence[float] | None) -> float | None:
+    if budgets and len(budgets) > 1:
+        raise RaeeError(f"--budgets names {len(budgets)}, which only --offline can compare")
+    return budgets[0] if budgets else None
 
 
 def _server(args: argparse.Namespace, rest: Sequence[str]) -> AbstractContextManager[str]:

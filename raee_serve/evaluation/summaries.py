@@ -2,7 +2,7 @@
 
 Two backbones summarise news articles greedily, SmolLM2-135M-Instruct in a chat and Gemma-3-270M
 after two examples: at full depth, at fixed exits plain and by shortcut, and at exits retrieved
-under budgets of quality, which answers to training documents calibrate. For each: ROUGE against the
+under budgets, which answers to training documents calibrate. For each: ROUGE against the
 references, paired with full depth's, and speed, all on one server a backbone. An interrupted run
 goes on where it was; --out holds the answers (MODEL.jsonl, MODEL.calibration.jsonl), and in the end
 summaries.json, summaries.md and summaries.png, which keep what they say of other backbones.
@@ -45,10 +45,11 @@ from raee_serve.evaluation.summary_report import (
     results,
 )
 from raee_serve.evaluation.summary_turns import Kept, Row, accepted, ask_all, rows_of
-from raee_serve.retrieval.free_text import quality_choice
-from raee_serve.retrieval.leave_one_out import shallowest
+from raee_serve.exits.choice import Choice
+from raee_serve.exits.replay import shallowest_with
+from raee_serve.retrieval.task_index import choice_of
 from raee_serve.table.datasets import Example, add_data_argument, add_words_argument
-from raee_serve.table.schema import RuleChoice, TableMetadata
+from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
 from raee_serve.table.tasks import get_task
@@ -97,7 +98,7 @@ def part_of(args: argparse.Namespace, model: str) -> Part:
     tasks = tuple(get_task(name) for name in names)
     for task in tasks:
         if task.kind != "free-text":
-            raise TaskError(f"task {task.name} has label words for answers; allowed: free text")
+            raise TaskError(f"task {task.name} has labels for answers; allowed: free text")
     examples = {
         task.name: documents_to_test(task, args.data, args.limit, words=args.words)
         for task in tasks
@@ -147,27 +148,27 @@ async def calibrated(
     url: str,
     table: ExitTable,
     unseen: Mapping[str, Sequence[Example]],
-) -> dict[str, dict[float, RuleChoice | None]]:
+) -> dict[str, dict[float, Choice | None]]:
     """By task: how exits are chosen, by the share of ROUGE-L that they are to keep.
 
-    unseen: by task, the documents whose answers say it; without any, rule `quality` is asked for
-    the shares as they are. None for a share that no exit keeps.
+    unseen: by task, the documents whose answers say it; without any, the shares are the budgets.
+    None for a share that no exit keeps.
     """
     kept = Kept(args.out / f"{part.model}.calibration.jsonl", settings_of(args, part, table))
-    found: dict[str, dict[float, RuleChoice | None]] = {}
+    found: dict[str, dict[float, Choice | None]] = {}
     for task in part.tasks:
         examples = unseen[task.name]
-        found[task.name] = {budget: quality_choice(budget) for budget in args.budgets}
         if not examples:
+            k = choice_of(table.metadata, table.metadata.tasks[task.name]).k
+            found[task.name] = {budget: Choice(k, budget) for budget in args.budgets}
             continue
         server = asker(url, part.model, answer_settings(task, args.max_tokens))
         choices = differing_choices(table, task)
         outcomes = await outcomes_of_answers(
             server, choices, task, examples, kept, args.concurrency
         )
-        for budget in args.budgets:
-            chosen = shallowest(outcomes, budget)
-            found[task.name][budget] = chosen.choice if chosen else None
+        chosen = {budget: shallowest_with(outcomes, budget) for budget in args.budgets}
+        found[task.name] = {budget: own and own.choice for budget, own in chosen.items()}
         print(f"raee-serve: {task.name}: {said(outcomes, found[task.name])}", flush=True)
     return found
 
@@ -259,7 +260,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=100,
         metavar="N",
         help="training documents a task that the table lacks, by whose answers --budgets become "
-        "thresholds of rule quality; 0 asks the rule for the budgets as they are (default: 100)",
+        "what requests ask for; 0 asks for the budgets as they are (default: 100)",
     )
     add_words_argument(parser, WORDS)
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer (default: 64)")

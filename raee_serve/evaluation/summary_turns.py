@@ -1,6 +1,6 @@
 """Summaries asked for in turns, and kept: what was answered once is not asked again.
 
-All rows of the result (full depth, exits, quality budgets) are asked about the same documents
+All rows of the result (full depth, exits, budgets) are asked about the same documents
 before the next documents have their turn: whatever slows the machine for longer than a turn slows
 all rows alike.
 """
@@ -17,8 +17,8 @@ from openai import BadRequestError
 
 from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Answer, Asker
+from raee_serve.exits.choice import Choice
 from raee_serve.table.datasets import Example
-from raee_serve.table.schema import RuleChoice
 from raee_serve.table.task import Task
 
 Kind = Literal["full depth", "plain exit", "shortcut exit", "retrieved"]
@@ -39,7 +39,7 @@ class Row:
 FULL_DEPTH = Row("full depth", "full depth", {"task": None, "exit_layer": "full"})
 
 
-def rows_of(exits: Sequence[int], budgets: Mapping[float, RuleChoice | None]) -> list[Row]:
+def rows_of(exits: Sequence[int], budgets: Mapping[float, Choice | None]) -> list[Row]:
     """Full depth, each exit plain and by its shortcut, then the budgets.
 
     budgets: by the share of full depth's quality that retrieved exits are to keep, how they are
@@ -49,20 +49,20 @@ def rows_of(exits: Sequence[int], budgets: Mapping[float, RuleChoice | None]) ->
     fixed = [(d, {"task": None, "exit_layer": d}) for d in exits]
     plain = [Row(f"layer {d}", "plain exit", raee) for d, raee in fixed]
     shortcuts = [
-        Row(f"layer {d}, shortcut", "shortcut exit", {**raee, "exit_head": "shortcut"})
+        Row(f"layer {d}, shortcut", "shortcut exit", {**raee, "head": "shortcut"})
         for d, raee in fixed
     ]
     retrieved = [
-        Row(f"quality {kept:g}", "retrieved", _asked(choice)) for kept, choice in budgets.items()
+        Row(f"budget {kept:g}", "retrieved", _asked(choice)) for kept, choice in budgets.items()
     ]
     return [FULL_DEPTH, *plain, *shortcuts, *retrieved]
 
 
-def _asked(choice: RuleChoice | None) -> Mapping[str, Any]:
+def _asked(choice: Choice | None) -> Mapping[str, Any]:
     """All of the choice, whatever the table has stored for the task, and to hear of restarts."""
     if choice is None:
         return FULL_DEPTH.raee
-    return {"rule": choice.rule, "k": choice.k, "quality": choice.quality, "explain": True}
+    return {"k": choice.k, "budget": choice.budget, "explain": True}
 
 
 @dataclass(frozen=True, slots=True)

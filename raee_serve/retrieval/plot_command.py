@@ -12,41 +12,55 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raee_serve.errors import RaeeError, TableError
+from raee_serve.exits.choice import Choice
+from raee_serve.records import EXIT_HEADS
 from raee_serve.retrieval.drawing import pyplot
-from raee_serve.retrieval.heads import calibrated
-from raee_serve.retrieval.left_out import left_out
-from raee_serve.retrieval.task_index import choice_of
-from raee_serve.table.evidence import evidence_of, label_evidence
-from raee_serve.table.schema import RuleChoice, TaskRows
+from raee_serve.retrieval.points_command import MAX_ROWS, TaskExits, task_exits
 from raee_serve.table.store import ExitTable
 
 Array = NDArray[np.float64]
 
-DESCRIPTION = """Draw a table, one line of pictures a task: at which layer its rows are answered
-best, how many of them each layer answers correctly, and the depths its rule would give them, each
-row asked as if the table did not hold it."""
+DESCRIPTION = f"""Draw a table, one line of pictures a task: at which layer its rows are answered
+best, the share of them that each layer answers correctly (of free text, the share of the
+reference's tokens), and the depths its rule would give them. Each row is asked as if the table did
+not hold it; of a larger task {MAX_ROWS:,} rows stand for all."""
 
-EXIT, PLAIN, CALIBRATED, DEPTH = "#7a5195", "#9a9a9a", "#0b6e4f", "#c77d0a"
-TITLES = ("best exit of each row", "rows answered correctly", "depths under the task's rule")
+EXIT, DEPTH = "#7a5195", "#c77d0a"
+COLORS = {"plain": "#9a9a9a", "shortcut": "#c77d0a", "probe": "#0b6e4f"}
+TITLES = ("best exit of each row", "answered correctly after", "depths under the task's rule")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskPicture:
-    """What is drawn of one task. Arrays hold one share of its rows for each layer, 1..num_layers.
+    """What is drawn of one task. Arrays hold one value for each layer, 1..num_layers.
 
-    layers: those that were probed; best_exit: rows that this layer answers best (rows that none
-    answers correctly are in none); right: answered correctly; right_calibrated: so with the bias
-    towards a label word taken out, None for free text; depth: rows that the choice gives it.
+    best_exit: share of the rows that this layer answers best (rows that none answers correctly are
+    in none); right: by head, share answered correctly, or of the reference's tokens; NaN for exits
+    that have none or never are. depth: share of the rows that the choice gives it.
     """
 
     name: str
     num_rows: int
-    layers: tuple[int, ...]
     best_exit: Array
-    right: Array
-    right_calibrated: Array | None
+    right: dict[str, Array]
     depth: Array
-    choice: RuleChoice
+    choice: Choice
+
+    @classmethod
+    def of(cls, task: TaskExits) -> TaskPicture:
+        rows = task.rows
+        best_of_heads = rows.evidence.max(axis=1)
+        best = best_of_heads.argmax(axis=1)[best_of_heads.any(axis=1)] + 1
+        heads = EXIT_HEADS if rows.kind == "free-text" else (rows.kind,)
+        right = rows.worth.mean(axis=0, dtype=np.float64)
+        return cls(
+            task.name,
+            rows.num_rows,
+            _shares(best, rows.num_rows, rows.num_layers),
+            dict(zip(heads, np.where(right > 0, right, np.nan), strict=True)),
+            _shares(task.layers(), rows.num_rows, rows.num_layers),
+            task.choice,
+        )
 
     @property
     def mean_depth(self) -> float:
@@ -74,8 +88,8 @@ def run(args: Namespace) -> None:
 def task_pictures(uri: str) -> list[TaskPicture]:
     """Of every task with two rows or more, in table order."""
     table = ExitTable.open(uri)
-    tasks = [(name, table.rows(name)) for name in table.metadata.tasks]
-    pictures = [_picture(table, name, rows) for name, rows in tasks if len(rows) > 1]
+    tasks = [task_exits(table, name) for name in table.metadata.tasks]
+    pictures = [TaskPicture.of(task) for task in tasks if task is not None]
     if not pictures:
         raise TableError(f"exit table {uri} holds no task of two rows or more; build it first")
     return pictures
@@ -97,53 +111,28 @@ def draw(plt: Any, title: str, pictures: Sequence[TaskPicture], target: Path) ->
         axes.set_title(heading, fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("layer", fontsize=8)
-    if any(picture.right_calibrated is not None for picture in pictures):
-        grid[0][1].legend(loc="upper left", fontsize=6, frameon=False, ncols=2)
     figure.suptitle(f"exit table {title}", fontsize=10)
     figure.savefig(target)
     plt.close(figure)
 
 
-def _picture(table: ExitTable, name: str, rows: TaskRows) -> TaskPicture:
-    entry, num_layers = table.metadata.tasks[name], table.metadata.backbone.num_layers
-    choice = choice_of(table.metadata, entry)
-    evidence = evidence_of(rows, entry, num_layers)
-    exits = left_out(rows, entry, num_layers).layers(choice)
-    right_calibrated = None
-    if rows.golds is not None and rows.label_logprobs is not None:
-        scores = rows.label_logprobs - calibrated(rows.label_logprobs).bias
-        right_calibrated = (label_evidence(scores, rows.golds) > 0).mean(axis=0)
-    best = evidence.argmax(axis=1)[evidence.any(axis=1)] + 1
-    return TaskPicture(
-        name,
-        len(rows),
-        entry.layers,
-        _shares(best, len(rows), num_layers),
-        (evidence > 0).mean(axis=0),
-        right_calibrated,
-        _shares(exits, len(rows), num_layers),
-        choice,
-    )
-
-
-def _shares(layers: NDArray[np.int64], num_rows: int, num_layers: int) -> Array:
+def _shares(layers: Sequence[int] | NDArray[np.int64], num_rows: int, num_layers: int) -> Array:
     return np.bincount(layers, minlength=num_layers + 1)[1:] / num_rows
 
 
 def _draw_task(axes: Sequence[Any], picture: TaskPicture) -> None:
-    layers = np.array(picture.layers)
+    layers = np.arange(1, len(picture.depth) + 1)
     best, right, depth = axes
-    best.bar(layers, picture.best_exit[layers - 1], color=EXIT, width=0.8)
-    right.plot(layers, picture.right[layers - 1], color=PLAIN, marker=".", label="as it is")
-    if picture.right_calibrated is not None:
-        own = picture.right_calibrated[layers - 1]
-        right.plot(layers, own, color=CALIBRATED, marker=".", label="calibrated")
+    best.bar(layers, picture.best_exit, color=EXIT, width=0.8)
+    for head, own in picture.right.items():
+        right.plot(layers, own, color=COLORS[head], marker=".", label=head)
     right.set_ylim(0, 1)
-    depth.bar(np.arange(1, len(picture.depth) + 1), picture.depth, color=DEPTH, width=0.8)
+    right.legend(loc="lower right", fontsize=6, frameon=False, ncols=2)
+    depth.bar(layers, picture.depth, color=DEPTH, width=0.8)
     mean = picture.mean_depth
     depth.axvline(mean * len(picture.depth), ymax=0.8, color="#222222", linestyle=":")
     depth.set_ylim(top=1.35 * picture.depth.max())  # room for the line above the bars
-    caption = f"{picture.choice.rule}: mean {mean:.2f} of full depth"
+    caption = f"budget {picture.choice.budget:g}: mean {mean:.2f} of full depth"
     depth.text(0.99, 0.99, caption, transform=depth.transAxes, fontsize=8, ha="right", va="top")
     best.set_ylabel(f"{picture.name}\n{picture.num_rows:,} rows", fontsize=8)
     for one in axes:

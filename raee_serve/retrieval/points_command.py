@@ -6,22 +6,19 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-
-from raee_serve.errors import RaeeError, TableError
+from raee_serve.errors import RaeeError, TableError, TaskError
 from raee_serve.exit_points import MAX_POINTS, choose_points, extra_layers
-from raee_serve.retrieval.free_text import FreeTextLeaveOneOut
-from raee_serve.retrieval.leave_one_out import LeaveOneOut
-from raee_serve.retrieval.left_out import left_out
+from raee_serve.exits.choice import Choice
+from raee_serve.exits.replay import Replay
+from raee_serve.retrieval.replayed import replay_of
 from raee_serve.retrieval.task_index import choice_of
-from raee_serve.table.schema import RuleChoice
 from raee_serve.table.store import ExitTable
 
 DESCRIPTION = """Choose exit points for `serve --exit-points`: the layers between which decoding
 runs from CUDA graphs. Each row is asked as if the table did not hold it; the points are those at
-which the rows' exits, rounded up, run the fewest extra layers (a rule that the next point does not
-serve takes a later one). Prints accuracy (of free text, the share of full depth's quality that is
-kept) and depth with exits at any layer and at the points."""
+which the rows' exits, rounded up, run the fewest extra layers (where an exit at the next point
+would not keep the budget, a later point is taken). Prints accuracy (of free text, the share of full
+depth's quality that is kept) and depth with exits at any layer and at the points."""
 
 MAX_ROWS = 2000
 """Rows of a task that are asked, spread over all of them; time grows with their square."""
@@ -32,8 +29,13 @@ class TaskExits:
     """One task's rows, to be asked under its own choice."""
 
     name: str
-    rows: LeaveOneOut | FreeTextLeaveOneOut
-    choice: RuleChoice
+    rows: Replay
+    choice: Choice
+
+    def layers(self) -> list[int]:
+        """The exit layer of each row."""
+        [layers], _ = self.rows.exits([self.choice])
+        return layers.tolist()
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -60,8 +62,11 @@ def run(args: Namespace) -> None:
     print(f"extra layers: at least {least:.2f} of {num_layers}, on average")
     print(f"{'':12} {'any layer':>15} {'points':>15}")
     for task in tasks:
-        free, limited = (task.rows.outcome(task.choice, p) for p in ((), points))
-        told = (f"{o.accuracy:7.3f} {o.depth:7.2f}" for o in (free, limited))
+        told = [
+            f"{outcome.accuracy:7.3f} {outcome.depth:7.2f}"
+            for limits in ((), points)
+            for outcome in task.rows.outcomes([task.choice], limits)
+        ]
         print(f"{task.name:12} {' '.join(told)}")
 
 
@@ -85,7 +90,7 @@ def points_named(text: str, table: str | None) -> tuple[int, ...]:
 
 def _exits(tasks: list[TaskExits]) -> Counter[int]:
     """How many rows leave at each layer."""
-    return Counter(layer for task in tasks for layer in task.rows.layers(task.choice).tolist())
+    return Counter(layer for task in tasks for layer in task.layers())
 
 
 def _tasks(uri: str) -> tuple[list[TaskExits], int]:
@@ -98,11 +103,11 @@ def _tasks(uri: str) -> tuple[list[TaskExits], int]:
 
 
 def task_exits(table: ExitTable, name: str) -> TaskExits | None:
-    """None for a task of which the table has not two rows."""
-    entry = table.metadata.tasks.get(name)
-    if entry is None or table.count(name) < 2:
+    """None for a task of which the table has not two rows with exit information."""
+    if name not in table.metadata.built:
         return None
-    rows = table.rows(name)
-    kept = rows.at(np.linspace(0, len(rows) - 1, min(len(rows), MAX_ROWS)).astype(int))
-    asked = left_out(kept, entry, table.metadata.backbone.num_layers)
-    return TaskExits(name, asked, choice_of(table.metadata, entry))
+    try:
+        rows = replay_of(table, name, MAX_ROWS)
+    except TaskError:
+        return None
+    return TaskExits(name, rows, choice_of(table.metadata, table.metadata.tasks[name]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raee_serve.errors import RaeeError
+from raee_serve.exits.fit import ALONE
 from raee_serve.records import ExitDecision, ExitHead, Reason
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.server.limits import AllowedLabels, LabelOutputs, OutputLimit, one_answer
@@ -230,7 +231,7 @@ class Admission:
         limit = OutputLimit.of(body)
         if heads.get(task or "") == "probe":
             fits = outputs.under(limit) is not None
-            return (one_answer(body), f"{task}/alone") if fits else (body, None)
+            return (one_answer(body), f"{task}/{ALONE}") if fits else (body, None)
         if limit.is_set or scores_prompt(body):
             return body, None
         return outputs.impose(body), None

@@ -1,26 +1,26 @@
-"""Where a task's rows come from: local JSONL, a hub data set, or the demo sets shipped here."""
+"""The examples of a task: read, checked, held out, shuffled and cut short."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import random
 from argparse import ArgumentParser
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from raee_serve.errors import TaskError
+from raee_serve.table.data_files import DataSource, RawRow, brief, listed, source_rows
 
 if TYPE_CHECKING:
     from raee_serve.table.task import Task
 
 HUB = "hub"
 """The data root that stands for the hub instead of a directory."""
-DEFAULT_ROOT = os.environ.get("RAEE_DATA", "../shared/data")
-"""The data directory where none is given; it need not exist."""
+DEFAULT_ROOT = os.environ.get("RAEE_DATA") or None
+"""The data directory where none is given."""
 
 Split = Literal["train", "test"]
 
@@ -34,37 +34,16 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalSet:
-    """ROOT/`directory`/{train,test}.jsonl, one object a line."""
+class Loaded:
+    """The examples of one split.
 
-    directory: str
-    text_field: str = "text"
-    gold_field: str = "label"
-
-
-@dataclass(frozen=True, slots=True)
-class HubSet:
-    """A data set for `datasets.load_dataset(path, config)`.
-
-    labels: the gold field's values in the order of the task's labels; empty where the
-        field already holds that order's index.
+    blank: rows of the same file that have no text. duplicates: rows that repeat a text and its
+    answer; they are left out where a share is held out.
     """
 
-    path: str
-    config: str | None = None
-    text_field: str = "text"
-    gold_field: str = "label"
-    labels: tuple[str | int, ...] = ()
-    test_split: str = "test"
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSet:
-    """demo_data/`name`_{train,test}.jsonl inside the package."""
-
-    name: str
-    text_field: str = "text"
-    gold_field: str = "label"
+    examples: list[Example]
+    blank: int
+    duplicates: int
 
 
 def add_data_argument(parser: ArgumentParser) -> None:
@@ -73,7 +52,7 @@ def add_data_argument(parser: ArgumentParser) -> None:
         "--data",
         metavar="ROOT",
         default=DEFAULT_ROOT,
-        help="data directory, or 'hub' (default: RAEE_DATA, else ../shared/data)",
+        help="directory of the shipped tasks' data, or 'hub' (default: RAEE_DATA)",
     )
 
 
@@ -89,25 +68,30 @@ def add_words_argument(parser: ArgumentParser, default: int | None = None) -> No
     )
 
 
-def load_examples(task: Task, split: Split, root: str | Path | None = None) -> list[Example]:
-    """All examples of one split, blank texts dropped.
+def load(task: Task, split: Split, root: str | Path | None = None) -> Loaded:
+    """All examples of one split, blank texts left out.
 
-    root: a directory in the LocalSet layout, or "hub"; not needed for demo tasks.
-    Raises TaskError naming the file (and line) or the data set that does not fit the task.
+    root: the directory of shipped tasks' data, or "hub"; a task with a file of its own needs none.
+    Raises TaskError naming the file, row and column of what does not fit the task.
     """
-    if task.demo is not None:
-        rows = _demo_rows(task.demo, split)
-        return list(_examples(task, task.demo, rows))
-    if root is None:
-        raise TaskError(f"task {task.name} needs a data directory (or {HUB!r}), none was given")
-    if str(root) == HUB:
-        if task.hub is None:
-            raise TaskError(f"task {task.name} has no hub data set; give a data directory")
-        return list(_examples(task, task.hub, _hub_rows(task.hub, split), task.hub.labels))
-    if task.local is None:
-        raise TaskError(f"task {task.name} has no local data set; use {HUB!r}")
-    rows = _jsonl_rows(Path(root) / task.local.directory / f"{split}.jsonl")
-    return list(_examples(task, task.local, rows))
+    source = source_of(task, root)
+    share = source.test if isinstance(source.test, float) else None
+    place = source.train if split == "train" or share else source.test
+    if not isinstance(place, str):
+        raise TaskError(
+            f"task {task.name} names no test rows; allowed as test of [data]: a file, or the share "
+            "of the training rows to hold out, such as 0.1"
+        )
+    rows = source_rows(source, place, root)
+    loaded = _load(rows, _reader(task, source), None if share is None else (share, split))
+    if not loaded.examples:
+        raise TaskError(f"task {task.name}: no {split} rows with a text in {place}")
+    return loaded
+
+
+def load_examples(task: Task, split: Split, root: str | Path | None = None) -> list[Example]:
+    """The examples of one split in the order of the data; see `load`."""
+    return load(task, split, root).examples
 
 
 def shuffled_examples(
@@ -117,9 +101,14 @@ def shuffled_examples(
 
     words: as `shortened` takes it.
     """
-    examples = load_examples(task, split, root)
-    random.Random(seed).shuffle(examples)
-    return shortened(examples, words)
+    return shuffled(load_examples(task, split, root), seed, words)
+
+
+def shuffled(examples: Iterable[Example], seed: int, words: int | None = None) -> list[Example]:
+    """See `shuffled_examples`."""
+    mixed = list(examples)
+    random.Random(seed).shuffle(mixed)
+    return shortened(mixed, words)
 
 
 def shortened(examples: Iterable[Example], words: int | None) -> list[Example]:
@@ -137,71 +126,70 @@ def _beginning(text: str, words: int | None) -> str:
     return text if words is None or len(parts) <= words else " ".join(parts[:words])
 
 
-Rows = Iterable[tuple[str, Mapping[str, Any]]]
-"""(where a row stands, for error messages; the row)"""
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise TaskError(f"cannot read data file {path}: {e.strerror}") from e
-    yield from _parse_jsonl(str(path), text)
-
-
-def _demo_rows(source: DemoSet, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    file = resources.files("raee_serve") / "demo_data" / f"{source.name}_{split}.jsonl"
-    yield from _parse_jsonl(str(file), file.read_text(encoding="utf-8"))
-
-
-def _parse_jsonl(where: str, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # Not splitlines(): texts may hold other line separators (U+2028) unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise TaskError(f"{where}:{number}: not JSON ({e})") from e
-        if not isinstance(row, dict):
-            raise TaskError(f"{where}:{number}: expected an object, got {type(row).__name__}")
-        yield f"{where}:{number}", row
-
-
-def _hub_rows(source: HubSet, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import datasets
-
-    hub_split = source.test_split if split == "test" else split
-    try:
-        rows = datasets.load_dataset(source.path, source.config, split=hub_split)
-    except Exception as e:  # hub, cache and parser errors of many unrelated types
-        raise TaskError(f"cannot load hub data set {source.path} ({hub_split}): {e}") from e
-    for number, row in enumerate(rows):
-        yield f"{source.path}[{hub_split}][{number}]", row
-
-
-def _examples(
-    task: Task, source: LocalSet | HubSet | DemoSet, rows: Rows, labels: tuple[str | int, ...] = ()
-) -> Iterator[Example]:
-    for where, row in rows:
-        missing = {source.text_field, source.gold_field} - row.keys()
-        if missing:
-            raise TaskError(f"{where}: no field {sorted(missing)}; it has {sorted(row)}")
-        text, gold = row[source.text_field], row[source.gold_field]
-        if not isinstance(text, str):
-            raise TaskError(f"{where}: field {source.text_field} is not a string: {text!r}")
-        gold = labels.index(gold) if gold in labels else gold
-        _check_gold(task, where, gold)
-        if text.strip():
-            yield Example(text.strip(), gold)
-
-
-def _check_gold(task: Task, where: str, gold: object) -> None:
-    if task.kind == "free-text":
-        if not isinstance(gold, str) or not gold.strip():
-            raise TaskError(f"{where}: the reference must be non-empty text, got {gold!r}")
-    elif type(gold) is not int or not 0 <= gold < len(task.labels):
+def source_of(task: Task, root: str | Path | None) -> DataSource:
+    """Where a task's rows are, given the --data root. Raises TaskError if that does not say."""
+    data = task.data
+    if data is None:
         raise TaskError(
-            f"{where}: label {gold!r} of task {task.name} is not an index within "
-            f"0..{len(task.labels) - 1}"
+            f"where the data of task {task.name} is, its table does not say; give its task file "
+            "(--task FILE.toml)"
         )
+    if str(root) == HUB and task.hub is not None:
+        return task.hub
+    if data.folder is None and not data.hub and (root is None or str(root) == HUB):
+        hub = "" if task.hub is None else f", or --data hub for {task.hub.hub}"
+        raise TaskError(
+            f"task {task.name} is shipped without its data; give --data ROOT (or set RAEE_DATA) "
+            f"with ROOT/{data.train}{hub}"
+        )
+    return data
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether rows of this text are among the held-out share: a matter of the text alone."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _load(
+    rows: Iterable[RawRow], read: Callable[[RawRow], Example], held: tuple[float, Split] | None
+) -> Loaded:
+    """held: the share of rows that is held out for the test, and which side is wanted."""
+    examples: list[Example] = []
+    seen: set[Example] = set()
+    blank = duplicates = 0
+    for row in rows:
+        if not row.text:
+            blank += 1
+            continue
+        example = read(row)
+        if held and is_held_out(row.text, held[0]) != (held[1] == "test"):
+            continue
+        duplicates += example in seen
+        if not (held and example in seen):
+            examples.append(example)
+        seen.add(example)
+    return Loaded(examples, blank, duplicates)
+
+
+def _reader(task: Task, source: DataSource) -> Callable[[RawRow], Example]:
+    """Turns the task's rows into examples; raises TaskError for a gold that it does not know."""
+    places = {value: task.labels.index(label) for value, label in source.answers}
+
+    def labelled(row: RawRow) -> Example:
+        place = places.get(row.gold.strip())
+        if place is None:
+            raise TaskError(
+                f"{row.where}: column {brief(source.gold)} holds {brief(row.gold)}, which is no "
+                f"label of task {task.name}; allowed: {listed(list(places))}"
+            )
+        return Example(row.text, place)
+
+    def referenced(row: RawRow) -> Example:
+        if row.kind != "text":
+            raise TaskError(
+                f"{row.where}: column {brief(source.gold)} holds {row.kind}; allowed: text"
+            )
+        return Example(row.text, row.gold)
+
+    return labelled if task.labels else referenced

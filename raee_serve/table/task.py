@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raee_serve.errors import TaskError
-from raee_serve.table.datasets import DemoSet, HubSet, LocalSet
-from raee_serve.table.prompts import Message, Prompt, Rendered
+from raee_serve.table.data_files import DataSource, brief
+from raee_serve.table.prompts import Message, Prompt, Rendered, described_prompt
 
 Kind = Literal["labels", "free-text"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -21,29 +21,33 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class Task:
     """What is asked of the backbone about a text.
 
-    labels: answers, strings of any length, in the order of the data's label indices; empty for
-        free text.
-    local, hub, demo: where its rows can be read from; a demo set ships with the package.
+    labels: answers, strings of any length, in the order of the label indices; empty for free text.
+    data: where its rows are, None of a task that comes from a table. hub: where they are instead
+    for `--data hub`.
     """
 
     name: str
     prompt: Prompt
     labels: tuple[str, ...] = ()
-    local: LocalSet | None = None
-    hub: HubSet | None = None
-    demo: DemoSet | None = None
+    data: DataSource | None = None
+    hub: DataSource | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise TaskError(
                 f"task name {self.name!r}; allowed: letters, digits, '_' and '-', 64 at most"
             )
-        is_blank = any(not label.strip() for label in self.labels)
-        if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels) or is_blank:
+        if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
             raise TaskError(
-                f"task {self.name}: labels {self.labels} must be two or more different texts, or "
-                "none for free text"
+                f"task {self.name}: labels {brief(self.labels)} must be two or more different "
+                "texts, or none for free text"
             )
+        for label in self.labels:
+            if not label or label != label.strip():
+                raise TaskError(
+                    f"task {self.name}: label {brief(label)} is not allowed: blank, or with space "
+                    "around it"
+                )
 
     @property
     def kind(self) -> Kind:
@@ -52,7 +56,8 @@ class Task:
     @property
     def version(self) -> str:
         """Short hash of everything that shapes a prompt and its answers; binds tables (12 hex)."""
-        shape = [type(self.prompt).__name__, self.prompt.template, list(self.labels)]
+        kind, template = described_prompt(self.prompt)
+        shape = [f"{kind.capitalize()}Prompt", template, list(self.labels)]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:12]
 
     def render(self, text: str) -> Rendered:

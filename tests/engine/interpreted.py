@@ -34,9 +34,9 @@ def generate_on_v2(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]
         sizes, though not as CUDA graphs: a replay calls the captured function again. With
         "is_compiled" they are of compiled layers. "probes": a file for each probe set to load.
     Scheduling is asynchronous unless the changes say otherwise, as vLLM has it on CUDA.
-    Returns for each run its "tokens", a list a prompt, or its "outcomes", how many "preemptions" it took, how many of
-    its steps were "replayed", the shapes of the "logits" that were sampled from, whether scheduling was "async", and how many graphs the engine has
-    "compiled".
+    Returns for each run its "tokens", a list a prompt, or its "outcomes", how many "preemptions" it
+    took, how many of its steps were "replayed", the shapes of its "logits", whether scheduling was
+    "async", and how many graphs the engine has "compiled".
     """
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.interpreted"],

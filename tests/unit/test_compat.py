@@ -132,8 +132,12 @@ def test_what_only_v2_has_is_named(smollm2, cuda, monkeypatch):
     changed = cuda_config(smollm2, monkeypatch)
     changed.compilation_config.mode = CompilationMode.STOCK_TORCH_COMPILE
     changed.parallel_config.decode_context_parallel_size = 2
+    changed.parallel_config.enable_batch_sharded_sampling = True
     changed.offload_config.prefetch.offload_group_size = 8
-    named = r"compilation mode .*; context parallel .*; weights that are fetched ahead"
+    named = (
+        r"compilation mode .*; context parallel .*; batch-sharded sampling .*; "
+        "weights that are fetched ahead"
+    )
     with pytest.raises(UnsupportedError, match=named):
         check_engine(changed)
 

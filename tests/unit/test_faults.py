@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +23,22 @@ from raee_serve.server.metrics import DecisionMetrics
 from raee_serve.server.settings import DepthSettings
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from tests.unit.label_tables import TEXTS, new_table, put_labels
 from tests.unit.serving import LOOP, Server
-from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata
+from tests.unit.table_rows import BACKBONE
 
 pytestmark = pytest.mark.unit
 
 NUM_LAYERS, LAYER = BACKBONE.num_layers, 2
-TEXTS = ["a wonderful film", "an awful film", "a great book", "a dull book"]
-NAMED = {"task": "sst2", "rule": "earliest"}
+NAMED = {"task": "sst2"}
 
 
 @pytest.fixture
 def uri(tmp_path, encoder, tokenizer):
-    """Rows that are right at layer 2 of 4, with an index."""
+    """Rows that are right at layer 2 of 4, too few for probes, with an index."""
     uri = str(tmp_path / "table")
-    table = ExitTable.open_or_create(uri, metadata(encoder.identity()))
-    ids = get_task("sst2").label_token_ids(tokenizer)
-    table.put_task(replace(entry("sst2"), label_token_ids=ids))
-    right = [[0.9 if layer == LAYER else 0.1 for layer in range(1, NUM_LAYERS + 1)]] * len(TEXTS)
-    table.add("sst2", label_rows(TEXTS, encoder.encode(TEXTS), right))
+    table = new_table(uri, BACKBONE, encoder)
+    put_labels(table, "sst2", TEXTS, encoder, tokenizer, layer=LAYER)
     table.build_index("IVF_FLAT")
     return uri
 

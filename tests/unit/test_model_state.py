@@ -18,8 +18,9 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from raee_serve.engine import model_state
 from raee_serve.engine.model_state import TruncatingModelState
 from raee_serve.engine.models.truncated import TruncatedExecution
+from raee_serve.engine.probe_head import AskedProbe, ProbeRows
 from raee_serve.engine.scheduler import Exits
-from raee_serve.engine.settings import CPU_WORKER_CLS, GPU_WORKER_CLS, exit_args
+from raee_serve.engine.settings import CPU_WORKER_CLS, GPU_WORKER_CLS, exit_args, probe_args
 
 pytestmark = pytest.mark.unit
 
@@ -40,12 +41,15 @@ def state(monkeypatch):
     monkeypatch.setattr(model_state, "async_tensor_h2d", lambda t, device: torch.as_tensor(t))
     state = object.__new__(TruncatingModelState)
     state.device = torch.device("cpu")
+    model = SimpleNamespace(get_vocab_size=lambda: 1000, logits_processors=None)
+    state.vllm_config = SimpleNamespace(model_config=model)
     state.follow(None, Exits(NUM_LAYERS, frozenset({3})), (2, 4, 6))
     return state
 
 
-def add(state, request_id, exit_layer=None, head="plain", **sampling):
-    extra_args = None if exit_layer is None else exit_args(exit_layer, head)
+def add(state, request_id, exit_layer=None, head="plain", extra_args=None, **sampling):
+    if exit_layer is not None:
+        extra_args = exit_args(exit_layer, head)
     params = SamplingParams(**sampling, extra_args=extra_args)
     state.add_request(0, SimpleNamespace(req_id=request_id, sampling_params=params))
 
@@ -122,6 +126,40 @@ def test_a_graph_of_all_layers_is_never_run_truncated(state):
         prepared(state, ["a"], mode=CUDAGraphMode.FULL)
 
 
+PROBE = AskedProbe(("set", "name"), (0.0, 1.0))
+
+
+def add_by_probe(state, request_id, exit_layer, **sampling):
+    add(state, request_id, extra_args=probe_args(exit_layer, "set", "name", PROBE.bias), **sampling)
+
+
+def test_rows_by_probe_are_those_of_one_call(state):
+    add(state, "a", 2)
+    add_by_probe(state, "b", 3, logprobs=2)
+    add_by_probe(state, "c", NUM_LAYERS)
+    add(state, "d")
+    prepared(state, "abcd", lens=[3, 4, 5, 2], drafts=[2, 0, 0, 1])
+    rows = state.probe_rows()
+    assert rows == ProbeRows([None, None, None, PROBE, PROBE, None, None], columns=2)
+    assert state.probe_rows() is None, "prompts are scored by the LM head"
+    prepared(state, ["a", "dummy"])
+    assert state.probe_rows() is None
+
+
+def test_a_graph_of_all_layers_can_end_in_probes(state):
+    add_by_probe(state, "a", NUM_LAYERS)
+    assert prepared(state, ["a"], mode=CUDAGraphMode.FULL) == {"vllm": "metadata"}
+    assert state.enter_forward() is None
+    assert state.probe_rows() == ProbeRows([PROBE])
+
+
+def test_rows_of_a_step_that_never_sampled_are_forgotten(state):
+    add_by_probe(state, "a", 2)
+    prepared(state, ["a"])
+    prepared(state, ["dummy"])
+    assert state.probe_rows() is None
+
+
 class Graphs:
     sizes = (1, 4)
 
@@ -185,7 +223,7 @@ def test_graphs_are_of_one_kv_cache(state):
 
 def test_it_is_vllms_until_it_follows():
     state = object.__new__(TruncatingModelState)
-    assert state._truncated(SimpleNamespace(req_ids=["a"])) is None
+    assert state._asked_in(SimpleNamespace(req_ids=["a"])) == []
 
 
 @pytest.mark.parametrize(

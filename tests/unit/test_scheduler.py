@@ -46,6 +46,9 @@ def test_exit_layer_of_a_request(extra_args, expected):
     ("layer", "head", "expected"),
     [
         (3, "plain", (3, "plain")),
+        (2, "probe", (2, "probe")),
+        (6, "probe", (6, "probe")),
+        (7, "probe", (6, "plain")),
         (3, "shortcut", (3, "shortcut")),
         (4, "shortcut", (6, "plain")),
         (6, "shortcut", (6, "plain")),

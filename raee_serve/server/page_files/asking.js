@@ -16,13 +16,13 @@ function requestBody(model, { task, endpoint, text, maxTokens }) {
   const prompt = task ? rendered(task.template, text) : text;
   const asked =
     endpoint === "chat" ? { messages: [{ role: "user", content: prompt }] } : { prompt };
-  // The server limits the output of a label-word task that is named, in length too.
-  const limit = task?.label_words.length ? {} : { max_tokens: maxTokens };
+  // A label task that is named is answered with one label, whatever the length.
+  const limit = task?.labels.length ? {} : { max_tokens: maxTokens };
   return { model, ...asked, temperature: 0, ...limit };
 }
 
 // The question with the task that its prompt was recognised as, where naming that task is what
-// lets it exit early. A text that is no label word's would otherwise run at full depth.
+// lets it exit early. A prompt of a label task would otherwise run at full depth.
 export async function recognised(server, question) {
   if (question.task || !server.preview) return question;
   const body = requestBody(server.model, question);
@@ -55,6 +55,7 @@ function decided(json, headers) {
     num_layers: number("num-layers"),
     decided_layer: number("decided-layer"),
     reason: told("reason"),
+    head: told("exit-head"),
     task: told("task"),
     distance: number("distance"),
     lookup_ms: number("lookup-ms"),

@@ -4,6 +4,7 @@ import { ApiError, apiKey, getJson, setApiKey } from "./api.js";
 import { answer, recognised } from "./asking.js";
 import { showDecision } from "./decision.js";
 import { byId, describe, element } from "./dom.js";
+import { showLabels } from "./labels.js";
 import { refreshLive, startLive } from "./live.js";
 import { showNeighbours } from "./neighbours.js";
 import { scoreTable, stackPicture } from "./stack.js";
@@ -85,6 +86,7 @@ async function askBoth() {
   status.textContent = "Deciding, and running to the chosen depth.";
   clear("chosen");
   clear("full");
+  byId("labels").replaceChildren();
   const question = await recognised(server, asked());
   const chosen = await answer(server, question, server.explain ? { explain: true } : {});
   decision = chosen.decision;
@@ -92,6 +94,7 @@ async function askBoth() {
   showNeighbours(decision, server);
   drawStack();
   showAnswer("chosen", chosen, chosen.ms);
+  showLabels(byId("labels"), decision.labels);
   status.textContent = "Running to full depth.";
   const full = await answer(server, question, { exit_layer: "full" });
   const longest = Math.max(chosen.ms, full.ms);
@@ -129,12 +132,13 @@ function showForm() {
     ? `Sent as “${task.template}”, answered with ${words(task)}.`
     : "A prompt in a task's template is recognised.";
   byId("endpoints").hidden = Boolean(task) || !server.has_chat_template;
-  const limited = Boolean(task?.label_words.length);
+  const limited = Boolean(task?.labels.length);
   byId("length").hidden = limited;
   byId("max-tokens").disabled = limited;
 }
 
-function words({ label_words: labels }) {
+function words({ labels }) {
+  if (labels.length > 8) return `one of ${labels.length} labels`;
   return labels.length ? labels.join(", ").replace(/, ([^,]*)$/, " or $1") : "free text";
 }
 

@@ -1,5 +1,5 @@
 // The hero: the model's layers as a stack of slabs, those that run filled, and beside each layer
-// the evidence that the neighbours give for leaving there.
+// how well the neighbours let expect an exit there to do.
 
 import { element, svg, table } from "./dom.js";
 
@@ -49,9 +49,9 @@ export function stackPicture(width, layers, decision) {
   return picture;
 }
 
-// [num_layers]: of each layer's best head, by which a rule chooses. null without a look-up.
-function bestScores({ exits }) {
-  const heads = Object.values(exits ?? {});
+// [num_layers]: of each layer's best head, by which exits are chosen. null without a look-up.
+function bestScores({ expected }) {
+  const heads = Object.values(expected ?? {});
   if (!heads.length) return null;
   return heads[0].map((_, i) => Math.max(...heads.map((scores) => scores[i])));
 }
@@ -61,7 +61,7 @@ function said({ exit_layer: run, num_layers: all }, scores) {
   if (!scores) return depth;
   const best = Math.max(...scores);
   const where = scores.indexOf(best) + 1;
-  return `${depth} Evidence by layer: most at layer ${where}, ${best.toFixed(2)}; ` +
+  return `${depth} Expected quality by layer: best at layer ${where}, ${best.toFixed(2)}; ` +
     `at layer ${run} ${scores[run - 1].toFixed(2)}.`;
 }
 
@@ -124,7 +124,8 @@ function layerNumbers({ x, y, thick, pitch }, layers, run) {
   );
 }
 
-function bars({ x, y, thick, longest, height }, scores, { exit_layer: run, reason, rule }) {
+function bars({ x, y, thick, longest, height }, scores, decision) {
+  const { exit_layer: run, reason, choice, expected, head } = decision;
   const best = Math.max(...scores) || 1;
   const length = (score) => Math.max(1, (longest * Math.max(score, 0)) / best);
   const drawn = scores.map((score, i) => {
@@ -142,9 +143,9 @@ function bars({ x, y, thick, longest, height }, scores, { exit_layer: run, reaso
       svg("title", {}, `layer ${i + 1}: ${score.toFixed(3)}`),
     );
   });
-  if (rule.name === "published") return drawn;
-  const asked = x.bars + longest * rule.fraction;
-  const label = `evidence needed: ${Math.round(100 * rule.fraction)}% of the best`;
+  if (!(head in expected)) return drawn; // the paper's rule, which has no budget
+  const asked = x.bars + longest * choice.budget;
+  const label = `budget: ${Math.round(100 * choice.budget)}% of the best`;
   return [
     ...drawn,
     svg("line", { class: "needed", x1: asked, x2: asked, y1: TOP - 14, y2: height }),
@@ -153,12 +154,12 @@ function bars({ x, y, thick, longest, height }, scores, { exit_layer: run, reaso
 }
 
 // The same as a table, by layer; null without a look-up.
-export function scoreTable({ exits }) {
-  const heads = Object.keys(exits ?? {});
+export function scoreTable({ expected }) {
+  const heads = Object.keys(expected ?? {});
   if (!heads.length) return null;
-  const rows = exits[heads[0]].map((_, i) => [
+  const rows = expected[heads[0]].map((_, i) => [
     String(i + 1),
-    ...heads.map((head) => exits[head][i].toFixed(4)),
+    ...heads.map((head) => expected[head][i].toFixed(4)),
   ]);
   return table(["layer", ...heads.map((head) => `${head} head`)], rows);
 }

@@ -1,1 +1,0 @@
-"""Studies of what retrieved exits give and cost: `raee-serve eval suite`."""
