@@ -21,14 +21,25 @@ NODE_READY := $(NODE_CLIENT)/node_modules/.package-lock.json
 # The service that pip-audit asks about each package.
 OSV := https://api.osv.dev
 
-.PHONY: demo test lint audit setup browser
+# Seconds after which a test is ended, with its name.
+export PYTEST_TIMEOUT ?= 900
+
+.PHONY: check unit demo test lint audit setup browser
 .DEFAULT_GOAL := test
 
 demo: setup
 	$(PY) -m raee_serve.evaluation.demo
 
-test: setup $(TOOLS_READY) $(NODE_READY) browser
-	$(PY) -m pytest -m "not gpu"
+# One thread a process: BLAS threads that wait for each other spin, beside another process for ever.
+unit: setup $(TOOLS_READY) $(NODE_READY) browser
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m unit --numprocesses 2 --dist loadfile
+
+# Lint, types and unit tests: what to run before each commit.
+check: lint unit
+
+# Everything that needs no GPU. Engines and servers have the machine to themselves.
+test: unit
+	$(PY) -m pytest -m "not gpu and not unit"
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -68,7 +68,7 @@ def ann(
     uri = str(Path(args.workdir) / f"ann-{args.ann_rows}")
     if not Path(uri).is_dir():
         print(f"making {args.ann_rows:,} rows ...", flush=True)
-        make_table(uri, encoder, prompts, args.ann_rows)
+        make_table(uri, encoder, prompts, args.ann_rows, has_probes=False)
     table = ExitTable.open(uri)
     kind = args.kind or kind_for(args.ann_rows)
     if table.index.kind != kind:
@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{len(prompts):,} prompts make rows, {len(asked):,} are looked up", flush=True)
         if {"single", "batch"} & set(args.parts):
             uri = str(Path(args.workdir) / f"rows-{args.rows}")
-            make_table(uri, encoder, prompts, args.rows)
+            make_table(uri, encoder, prompts, args.rows, has_probes=True)
             options = {"backbone": BACKBONE, "encoder_backend": args.encoder_backend}
             if "single" in args.parts:
                 result |= single(ExitRetriever.open(uri, **options), asked[:500])

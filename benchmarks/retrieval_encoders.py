@@ -16,9 +16,9 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from benchmarks.prompt_rows import SOURCES
 from raee_serve.checkpoints import resolve_encoder
 from raee_serve.errors import TaskError
+from raee_serve.exits.neighbours import log_votes
 from raee_serve.retrieval.cut_encoder import cut_encoder
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.retrieval.heads import label_counts, log_votes
 from raee_serve.retrieval.resources import BATCH_SIZE
 from raee_serve.retrieval.search import InMemorySearch, Neighbours
 from raee_serve.table.datasets import shuffled_examples
@@ -127,7 +127,7 @@ def _recall(found: list[Neighbours], expected: list[Neighbours]) -> float:
 def _vote_accuracy(
     found: list[Neighbours], labels: NDArray[np.int32], golds: NDArray[np.int32]
 ) -> float:
-    counts = label_counts(labels, labels.max() + 1)
+    counts = np.bincount(labels)
     rows = np.stack([f.rows for f in found])
     similarities = 1 - np.stack([f.distances for f in found]).astype(np.float64)
     return float((log_votes(similarities, labels[rows], counts).argmax(axis=1) == golds).mean())

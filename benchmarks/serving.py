@@ -1,13 +1,17 @@
 """Servers under load: raee-serve, vanilla vLLM, and vanilla on a checkpoint cut to the mean depth.
 
-All three live side by side; while one is measured the others are stopped (SIGSTOP). In each round
-each load is put on each system, A B C, then B C A: the same requests at the same times. The load
-generator is that of `vllm bench serve`. Before the rounds of a shape one run warms up and says how
-fast vanilla is (request rates are shares of that) and how deep raee-serve goes on average.
+Label tasks are asked for one label: this by the task's name, vanilla with its output limited to the
+labels' first tokens. All three live side by side; while one is measured the others are stopped
+(SIGSTOP). In each round each load is put on each system, A B C, then B C A: the same requests at
+the same times. The load generator is that of `vllm bench serve`. Before the rounds of a shape one
+run warms up and says how fast vanilla is (request rates are shares of that) and how deep raee-serve
+goes on average.
 
 - saturation_rps_ratio: requests/s of this / vanilla's with `--concurrency` requests under way.
-- cut_checkpoint_share: (this / vanilla - 1) / (cut / vanilla - 1), cut to the same mean depth; as
-  that lies between whole layers, see `serving_report.cut_share`.
+- over_cut_checkpoint: requests/s of this / those of a checkpoint cut to the same mean depth; as
+  that lies between whole layers, see `serving_report.over_cut`.
+- lists_ratio: prompts/s of this / vanilla's where requests are lists of 16 prompts, as many prompts
+  under way. Not for chats and summaries.
 - accuracy: mean over tasks, of the answers given at saturation.
 - ttft_p50_added_ms: median time to the first token at the lowest rate, minus vanilla's.
 
@@ -30,6 +34,7 @@ from benchmarks.machine import machine
 from benchmarks.serving_load import Generator, Load
 from benchmarks.serving_report import (
     CUT,
+    LISTS,
     OURS,
     SATURATION,
     SYSTEMS,
@@ -55,6 +60,8 @@ CLASSIFICATION, SUMMARISATION = "classification", "summarisation"
 SEVEN = ("cr", "mpqa", "mr", "sst2", "sst5", "subj", "trec")
 WARM_UP = 4
 """Requests before each run; of each system's first run all requests are a warm-up."""
+LIST_OF = 16
+"""Prompts of a request under the load LISTS, all of one task."""
 FEWEST = 8
 """Requests of a run at a low rate, however long it takes."""
 
@@ -85,6 +92,8 @@ class Comparison:
         cut = cut_checkpoint(self.checkpoint, layers, self._workdir / f"cut-{layers}")
         loads = {f"{share:g}": share * vanilla_rps for share in sorted(self._args.rates)}
         loads[SATURATION] = math.inf
+        if shape.has_lists:
+            loads[LISTS] = math.inf
         with self._vanilla(CUT, cut) as system:
             runs, answers = self._rounds(shape, texts, loads, {**self._systems, CUT: system})
         return runs, summary(runs, self.num_layers, layers, answers)
@@ -111,7 +120,7 @@ class Comparison:
         answers: dict[str, list[tuple[Asked, str]]] = {name: [] for name in SYSTEMS}
         for number in range(1, self._args.rounds + 1):
             for load, rate in loads.items():
-                asked = texts.take(WARM_UP + self._count(shape, rate))
+                asked = texts.take(WARM_UP + self._count(shape, load, rate))
                 for name in rotated(SYSTEMS, number):
                     run, said = self._run(systems[name], (shape, number, load), rate, asked)
                     runs.append(run)
@@ -119,8 +128,11 @@ class Comparison:
                         answers[name] += zip(asked[WARM_UP:], said, strict=True)
         return runs, answers
 
-    def _count(self, shape: Shape, rate: float) -> int:
-        """Requests of a run."""
+    def _count(self, shape: Shape, load: str, rate: float) -> int:
+        """Prompts of a run."""
+        if load == LISTS:  # whole lists of every task
+            once = LIST_OF * len(shape.tasks)
+            return once * math.ceil(shape.rows / once)
         if math.isinf(rate):
             return shape.rows
         return max(FEWEST, round(rate * self._args.seconds))
@@ -138,14 +150,16 @@ class Comparison:
         """
         shape, number, load = place
         ours = system.name == OURS
-        arrivals = Load(rate, self._args.concurrency if math.isinf(rate) else None, number)
+        list_of = LIST_OF if load == LISTS else 1
+        at_once = max(1, self._args.concurrency // list_of) if math.isinf(rate) else None
+        arrivals = Load(rate, at_once, number, list_of)
         with system.awake():
             first, counted = asked[:WARM_UP], asked[WARM_UP:]
             self._generator.run(system.url, shape, first, Load(math.inf, None, 0), ours)
             before = system.decided()
             result = self._generator.run(system.url, shape, counted, arrivals, ours)
             made = system.decided().since(before)
-        run = Run.of((shape.name, number, load, system.name), rate, result, made)
+        run = Run.of((shape.name, number, load, system.name), rate, result, made, list_of)
         print(run, flush=True)
         return run, result["generated_texts"]
 
@@ -260,7 +274,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for JSON, CSV and pictures")
     args, args.serve_flags = parser.parse_known_args()
-    has_data = args.data == HUB or Path(args.data).is_dir()
+    has_data = args.data is not None and (args.data == HUB or Path(args.data).is_dir())
     if args.tasks is None:
         args.tasks = SEVEN if has_data else ["demo_sentiment"]
     if args.summary_tasks is None:

@@ -1,8 +1,8 @@
 """Requests of a shape, sent by the load generator of `vllm bench serve`.
 
 It is called as a function (`vllm.benchmarks.serve.benchmark`), which its command line wraps: so the
-requests of one run can belong to several tasks, each limited to its own label words, and a run does
-not begin with the seconds that importing vLLM takes.
+requests of one run can belong to several tasks, and a run does not begin with the seconds that
+importing vLLM takes.
 """
 
 import asyncio
@@ -24,11 +24,13 @@ class Load:
     """How requests arrive. rate: a second, as a Poisson process; infinite: all at once.
 
     concurrency: requests under way at most. seed: of the arrivals, the same for every system.
+    list_of: prompts of a request, all of one task.
     """
 
     rate: float
     concurrency: int | None
     seed: int
+    list_of: int = 1
 
 
 class Generator:
@@ -47,7 +49,7 @@ class Generator:
         names_tasks: whether requests say to which task they belong; vanilla vLLM's do not.
         Raises `RuntimeError` if any request failed.
         """
-        requests = [self._request(shape, one, names_tasks) for one in asked]
+        requests = [self._request(shape, own, names_tasks) for own in lists_of(asked, load.list_of)]
         endpoint = "/v1/chat/completions" if shape.is_chat else "/v1/completions"
         np.random.seed(load.seed)  # from which vLLM draws the arrivals
         with redirect_stdout(self._log):
@@ -80,14 +82,20 @@ class Generator:
             )
         if result["failed"]:
             error = next(error for error in result["errors"] if error)
-            raise RuntimeError(f"{result['failed']} of {len(asked)} requests failed: {error}")
+            raise RuntimeError(f"{result['failed']} of {len(requests)} requests failed: {error}")
         return result
 
-    def _request(self, shape: Shape, asked: Asked, names_task: bool) -> SampleRequest:
-        prompt = asked.task.render(asked.text)
-        extra: dict[str, Any] = {"raee": {"task": asked.task.name}} if names_task else {}
-        if asked.task.label_words:
-            extra["allowed_token_ids"] = list(asked.task.label_token_ids(self._tokenizer))
+    def _request(self, shape: Shape, asked: Sequence[Asked], names_task: bool) -> SampleRequest:
+        """Of one prompt, or of a list of prompts of one task."""
+        task = asked[0].task
+        prompt = task.render(asked[0].text)
+        extra: dict[str, Any] = {}
+        if names_task:
+            extra["raee"] = {"task": task.name}
+        elif task.kind == "labels":
+            extra["allowed_token_ids"] = list(task.plain_token_ids(self._tokenizer))
+        if len(asked) > 1:  # in place of the one prompt, which vLLM's type wants
+            extra["prompt"] = [task.render(one.text) for one in asked]
         return SampleRequest(
             prompt=prompt if isinstance(prompt, str) else "",
             prompt_len=len(prompt_token_ids(self._tokenizer, prompt)),
@@ -95,3 +103,19 @@ class Generator:
             chat_messages=None if isinstance(prompt, str) else prompt,
             request_overrides=extra,
         )
+
+
+def lists_of(asked: Sequence[Asked], count: int) -> list[list[Asked]]:
+    """Groups of so many, each of one task, in the order of their first ones; what is left of a
+    task is a smaller group."""
+    if count == 1:
+        return [[one] for one in asked]
+    groups: list[list[Asked]] = []
+    open_ones: dict[str, list[Asked]] = {}
+    for one in asked:
+        group = open_ones.get(one.task.name)
+        if group is None or len(group) == count:
+            group = open_ones[one.task.name] = []
+            groups.append(group)
+        group.append(one)
+    return groups

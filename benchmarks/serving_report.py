@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median
@@ -17,7 +17,8 @@ from raee_serve.table.task import Task
 
 VANILLA, CUT, OURS = "vanilla", "cut checkpoint", "raee-serve"
 SYSTEMS = (VANILLA, CUT, OURS)
-SATURATION = "saturation"
+SATURATION, LISTS = "saturation", "lists"
+"""Loads that have no rate."""
 COLORS = {VANILLA: "#6b6b6b", CUT: "#c77d0a", OURS: "#0b6e4f"}
 LATENCIES = {"ttft": "time to first token", "tpot": "time per further token", "e2el": "end to end"}
 
@@ -26,8 +27,8 @@ LATENCIES = {"ttft": "time to first token", "tpot": "time per further token", "e
 class Run:
     """One run of one system.
 
-    load: SATURATION, or the request rate as a share of vanilla's at saturation.
-    offered_rps: requests a second sent, infinite at saturation; rps: answered.
+    load: SATURATION, LISTS, or the request rate as a share of vanilla's at saturation.
+    offered_rps: requests a second sent, infinite at saturation; rps: answered, of lists prompts.
     *_ms: percentiles over the run's requests; tpot is 0 for answers of one token.
     mean_exit_layer, reasons: of what the system decided; None and empty for vanilla.
     """
@@ -51,15 +52,23 @@ class Run:
 
     @classmethod
     def of(
-        cls, place: tuple[str, int, str, str], rate: float, result: Mapping[str, Any], made: Decided
+        cls,
+        place: tuple[str, int, str, str],
+        rate: float,
+        result: Mapping[str, Any],
+        made: Decided,
+        list_of: int = 1,
     ) -> "Run":
-        """place: the first four fields; result: vLLM's; made: the decisions of this run."""
+        """place: the first four fields; result: vLLM's; made: the decisions of this run.
+
+        list_of: prompts of a request.
+        """
         latencies = [f"{p}_{name}_ms" for name in LATENCIES for p in ("p50", "p99")]
         return cls(
             *place,
             requests=result["completed"],
             offered_rps=rate,
-            rps=result["request_throughput"],
+            rps=result["request_throughput"] * list_of,
             output_tokens_per_s=result["output_throughput"],
             **{name: float(result[name]) for name in latencies},
             mean_exit_layer=made.layers / made.prompts if made.prompts else None,
@@ -108,8 +117,8 @@ def summary(
     depths = Depths(num_layers, cut, mean(run.mean_exit_layer or num_layers for run in full[OURS]))
     rps = {name: [run.rps for run in full[name]] for name in SYSTEMS}
     loads = list(dict.fromkeys(run.load for run in runs))
-    shares = [
-        cut_share(*rates, depths) for rates in zip(*(rps[name] for name in SYSTEMS), strict=True)
+    over = [
+        over_cut(*rates, depths) for rates in zip(*(rps[name] for name in SYSTEMS), strict=True)
     ]
     return {
         "num_layers": num_layers,
@@ -119,25 +128,27 @@ def summary(
         "saturation_rps": {name: round(median(rates), 3) for name, rates in rps.items()},
         "saturation_rps_ratio": paired_ratio(rps[OURS], rps[VANILLA]).as_dict(),
         "cut_rps_ratio": paired_ratio(rps[CUT], rps[VANILLA]).as_dict(),
-        "cut_checkpoint_share": None if None in shares else median_interval(shares).as_dict(),
+        "over_cut_checkpoint": median_interval(over).as_dict(),
+        "lists_ratio": _lists_ratio(_at(runs, LISTS)),
         "quality": {name: quality(found) for name, found in answers.items()},
         "ttft_p50_added_ms": added_ms(_at(runs, _lowest(loads))).as_dict(),
         "loads": {load: _medians(_at(runs, load)) for load in loads},
     }
 
 
-def cut_share(vanilla: float, cut: float, ours: float, depths: Depths) -> float | None:
-    """This / vanilla - 1, as a share of what a checkpoint cut to the same mean depth gains.
+def over_cut(vanilla: float, cut: float, ours: float, depths: Depths) -> float:
+    """This / a checkpoint cut to the same mean depth, in requests a second.
 
-    vanilla, cut, ours: requests a second. The mean depth lies between whole layers: a checkpoint of
-    that depth would take a time a request on the line through those of the cut and the whole one.
-    None if nothing ran below full depth.
+    The mean depth lies between whole layers: a checkpoint of that depth would take a time a request
+    on the line through those of the cut and the whole one.
     """
-    if depths.mean == depths.num_layers:
-        return None
     saved = (depths.num_layers - depths.mean) / (depths.num_layers - depths.cut)
-    at_mean_depth = 1 / vanilla - (1 / vanilla - 1 / cut) * saved
-    return (ours / vanilla - 1) / (1 / at_mean_depth / vanilla - 1)
+    return ours * (1 / vanilla - (1 / vanilla - 1 / cut) * saved)
+
+
+def _lists_ratio(lists: Mapping[str, Sequence[Run]]) -> dict[str, float] | None:
+    ours, theirs = ([run.rps for run in lists[name]] for name in (OURS, VANILLA))
+    return paired_ratio(ours, theirs).as_dict() if ours else None
 
 
 def quality(answers: Sequence[tuple[Asked, str]]) -> dict[str, float]:
@@ -163,7 +174,8 @@ def headline(shape: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
     metrics = {metric_name(task) for task in tasks}
     return {
         "saturation_rps_ratio": shape["saturation_rps_ratio"]["median"],
-        "cut_checkpoint_share": (shape["cut_checkpoint_share"] or {}).get("median"),
+        "over_cut_checkpoint": shape["over_cut_checkpoint"]["median"],
+        "lists_ratio": (shape["lists_ratio"] or {}).get("median"),
         "accuracy": shape["quality"][OURS]["mean"],
         "vanilla_accuracy": shape["quality"][VANILLA]["mean"],
         "accuracy_is": ", ".join(sorted(metrics)),
@@ -192,7 +204,7 @@ def draw(runs: Sequence[Run], title: str, target: Path) -> None:
 
 
 def _draw_latency(axes: Any, runs: Sequence[Run], latency: str) -> None:
-    loads = [load for load in dict.fromkeys(run.load for run in runs) if load != SATURATION]
+    loads = rated(dict.fromkeys(run.load for run in runs))
     for name in SYSTEMS:
         for percentile, line in (("p50", "-"), ("p99", "--")):
             found = [_at(runs, load)[name] for load in loads]
@@ -217,9 +229,14 @@ def _at(runs: Sequence[Run], load: str) -> dict[str, list[Run]]:
     }
 
 
+def rated(loads: Iterable[str]) -> list[str]:
+    """Those that are request rates."""
+    return [load for load in loads if load not in (SATURATION, LISTS)]
+
+
 def _lowest(loads: Sequence[str]) -> str:
     """The least load; saturation if nothing else was measured."""
-    return min((load for load in loads if load != SATURATION), key=float, default=SATURATION)
+    return min(rated(loads), key=float, default=SATURATION)
 
 
 def _medians(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, float]]:
@@ -229,7 +246,7 @@ def _medians(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, float]]:
         system: {
             name: round(median(getattr(run, name) for run in own), 3)
             for name in names
-            if name != "offered_rps" or own[0].load != SATURATION
+            if name != "offered_rps" or rated([own[0].load])
         }
         for system, own in runs.items()
     }

@@ -38,6 +38,11 @@ class Shape:
     def is_chat(self) -> bool:
         return not isinstance(self.tasks[0].render("a text"), str)
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether one request can be a list of prompts for labels."""
+        return not self.is_chat and all(task.kind == "labels" for task in self.tasks)
+
 
 class Texts:
     """Test rows of a shape's tasks, each task in turn, the same in every run of the benchmark.

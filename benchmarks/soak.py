@@ -46,7 +46,7 @@ from raee_serve.evaluation.server_process import (
 from raee_serve.table.datasets import load_examples
 from raee_serve.table.tasks import get_task
 
-TASK = "demo_sentiment"
+TASK, ROWS = "demo_sentiment", 60
 FLAGS = ("--max-model-len", "1024", "--dtype", "float32")
 ANSWER_TIMEOUT_S = 300.0
 LONGEST_STAY_S = 5.0
@@ -115,7 +115,7 @@ def _random_depth(num_layers: int | None, rng: random.Random) -> dict[str, int]:
 async def _alone(client: httpx.AsyncClient, body: dict[str, Any], least: int) -> Case | None:
     """The answer up to where it is not clear; None if that is less than so many tokens.
 
-    Without `max_tokens` it is a label word, and all of it.
+    Without `max_tokens` it is a label, and all of it.
     """
     reply = await client.post("/v1/completions", json=body | {"logprobs": 2})
     reply.raise_for_status()
@@ -327,7 +327,7 @@ def server(
         checkpoint = local_checkpoint(args.model)
         command = vanilla_command(checkpoint, args.model, ["--enforce-eager", *FLAGS])
         return running_process(command, VANILLA_ENVIRONMENT, log=args.log)
-    build_table(args.model, [TASK], table, limit=24)
+    build_table(args.model, [TASK], table, limit=ROWS)
     flags = ["--table", table, *FLAGS, "--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS)]
     return running_process(raee_command(args.model, flags), log=args.log)
 

@@ -3,21 +3,24 @@
 import argparse
 import json
 
+import numpy as np
+
 from raee_serve.errors import TaskError
 from raee_serve.retrieval.points_command import task_exits
 from raee_serve.table.store import ExitTable
 
 
 def table_exits(uri: str, task: str) -> list[float]:
-    """[num_layers] share of the task's rows, under the rule that a server would use.
+    """[num_layers] share of the task's rows, under the budget that a server would use.
 
-    Raises TableError for an unusable table, TaskError for a task of which it has not two rows.
+    Raises TableError for an unusable table, TaskError for a task of which it has not two rows with
+    exit information.
     """
     table = ExitTable.open(uri)
     found = task_exits(table, task)
     if found is None:
         raise TaskError(f"task {task!r} has not two rows in {uri}")
-    layers = found.rows.layers(found.choice)
+    layers = np.array(found.layers())
     num_layers = table.metadata.backbone.num_layers
     return [round(float((layers == d).mean()), 4) for d in range(1, num_layers + 1)]
 

@@ -36,6 +36,12 @@ COMMANDS = (
         "raee_serve.retrieval.cut_encoder_command",
         "cut an encoder to its first layers, for cheaper look-ups",
     ),
+    Command("task list", "raee_serve.table.task_list_command", "list the shipped tasks"),
+    Command(
+        "task check",
+        "raee_serve.table.task_check_command",
+        "check a task's data, prompt and labels before a build",
+    ),
     Command("table info", "raee_serve.table.info_command", "show what an exit table holds"),
     Command("table history", "raee_serve.table.history_command", "list an exit table's versions"),
     Command("table rollback", "raee_serve.table.rollback_command", "return to an old version"),

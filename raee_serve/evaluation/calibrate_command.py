@@ -25,7 +25,7 @@ from raee_serve.retrieval.replayed import replay_of
 from raee_serve.table.datasets import add_data_argument, add_words_argument
 from raee_serve.table.schema import TaskEntry
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.table.tasks import by_name, get_task
 
 DESCRIPTION = """Ask every row of a task as if the table did not hold it, with several numbers of
 neighbours and many budgets; print the accuracy-depth frontier, and store the settings that fit
@@ -109,7 +109,13 @@ class Tried:
 def add_arguments(parser: ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--table", required=True, metavar="DIR")
-    parser.add_argument("--task", required=True, action="append", help="repeat for several")
+    parser.add_argument(
+        "--task",
+        required=True,
+        action="append",
+        metavar="NAME|FILE",
+        help="task of the table, or its task file; repeatable",
+    )
     parser.add_argument(
         "--budget",
         required=True,
@@ -143,12 +149,13 @@ def run(args: Namespace) -> None:
     if args.png is not None and not args.png.parent.is_dir():
         raise RaeeError(f"--png {args.png}: there is no directory {args.png.parent}")
     table = ExitTable.open(args.table)
-    for name in args.task:
+    names = by_name(args.task)
+    for name in names:
         entry = _entry(table, name)
         budget.check(entry)
         if args.generate is not None and entry.kind == "labels":
             raise TaskError(f"--generate is for free text, and {name} has labels")
-    chosen = {name: _calibrate(table, name, budget, args) for name in args.task}
+    chosen = {name: _calibrate(table, name, budget, args) for name in names}
     table.put_choices(chosen)
     for name, choice in chosen.items():
         print(f"raee-serve: {name}: stored {choice} in {args.table}")
@@ -189,7 +196,7 @@ def _left_out(table: ExitTable, name: str) -> Tried:
 def _generated(table: ExitTable, name: str, args: Namespace) -> Tried:
     from raee_serve.evaluation.generated import generated_outcomes
 
-    task = get_task(name)
+    task = get_task(by_name(args.task)[name])
     examples = unseen_documents(table, task, args.data, args.generate, args.words)
     outcomes = generated_outcomes(args.model, table, task, examples, args.base_url)
     return Tried(f"{len(examples)} documents that the table lacks", "ROUGE-L", outcomes)

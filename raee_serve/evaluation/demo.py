@@ -126,16 +126,17 @@ def verdict(result: TaskResult) -> str:
     shallower = "shallower" if result.mean_exit_layer < result.num_layers else "not shallower"
     right = "at least as right" if result.raee_accuracy >= result.full_accuracy else "less right"
     faster = "faster" if result.raee_rps > result.full_rps else "not faster"
+    ours, full = result.raee_accuracy, result.full_accuracy
     return (
         f"{result.mean_exit_layer:.1f} of {result.num_layers} layers ({shallower}), "
-        f"{result.metric} {result.raee_accuracy:.3f} against {result.full_accuracy:.3f} at full "
-        f"depth ({right}), {result.raee_rps:.1f} against {result.full_rps:.1f} requests/s ({faster})"
+        f"{result.metric} {ours:.3f} against {full:.3f} at full depth ({right}), "
+        f"{result.raee_rps:.1f} against {result.full_rps:.1f} requests/s ({faster})"
     )
 
 
 def data_root() -> str | None:
-    """The data directory, if there is one: RAEE_DATA, by default ../shared/data."""
-    return DEFAULT_ROOT if Path(DEFAULT_ROOT).is_dir() else None
+    """The data directory, if there is one: RAEE_DATA."""
+    return DEFAULT_ROOT if DEFAULT_ROOT and Path(DEFAULT_ROOT).is_dir() else None
 
 
 def shortened(text: str, width: int = 150) -> str:

@@ -16,7 +16,7 @@ from raee_serve.evaluation.report import TaskResult, as_json, as_table
 from raee_serve.evaluation.server_process import running_server
 from raee_serve.table.datasets import Example, add_data_argument, shuffled_examples
 from raee_serve.table.task import Task
-from raee_serve.table.tasks import get_task
+from raee_serve.table.tasks import add_task_argument, get_tasks
 
 PATIENT_TIMEOUT_MS = 60_000
 PATIENCE_FLAGS = ("--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS))
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     parser.add_argument("--model", required=True, help="backbone, or the model name at --base-url")
     parser.add_argument("--table", metavar="DIR", help="exit table; not needed with --base-url")
-    parser.add_argument("--task", action="append", required=True, help="repeat for several")
+    add_task_argument(parser)
     add_data_argument(parser)
     parser.add_argument("--limit", type=_positive, metavar="N", help="test rows a task")
     parser.add_argument("--base-url", metavar="URL", help="a running raee-serve")
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: Sequence[str] = ()) -> None:
     """Evaluate and print. Raises RaeeError for unknown tasks, missing data or a failing server."""
-    tasks = [get_task(name) for name in args.task]
+    tasks = get_tasks(args.task)
     examples = {task.name: shuffled_rows(task, args.data, args.limit, args.seed) for task in tasks}
     if args.offline:
         from raee_serve.evaluation import offline

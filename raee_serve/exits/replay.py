@@ -20,10 +20,7 @@ from raee_serve.exits.rule import NO_EVIDENCE, Exits, expected, published, shall
 from raee_serve.exits.shrinkage import Neighbours, shrunk, trust_in
 
 NEIGHBOURS = {"probe": (64, 128, 256), "free-text": (12, 24, 48)}
-BUDGETS = (
-    *(1.0, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6),
-    0.5,
-)
+BUDGETS = (1.0, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.87, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 """What `every_choice` lists, the deepest first."""
 
 
@@ -66,8 +63,8 @@ class Replay:
 
     def every_choice(self) -> list[Choice]:
         """Of the k and budgets that this module lists."""
-        ks = sorted({min(k, self.num_rows - 1) for k in NEIGHBOURS[self.kind]})
-        return [Choice(k, budget) for k in ks for budget in BUDGETS]
+        different = {min(k, self.num_rows - 1): k for k in reversed(NEIGHBOURS[self.kind])}
+        return [Choice(k, budget) for k in different.values() for budget in BUDGETS]
 
     def outcomes(self, choices: Sequence[Choice], points: Sequence[int] = ()) -> list[Outcome]:
         """One for each choice. points: see `rule.shallowest`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.cut_encoder import cut_encoder
 from raee_serve.table.datasets import add_data_argument, shuffled_examples
-from raee_serve.table.tasks import get_task
+from raee_serve.table.tasks import add_task_argument, get_tasks
 
 DESCRIPTION = """Write a sentence-transformers model of the first layers of another one, with a
 linear map to the vectors that all layers would give, fitted on training texts of the tasks. Pass
@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--encoder", default="minilm", help="packaged name, directory or hub id")
     parser.add_argument("--layers", required=True, type=int, metavar="N", help="that are left")
-    parser.add_argument("--task", required=True, action="append", help="repeat for several")
+    add_task_argument(parser)
     parser.add_argument(
         "--limit", type=int, default=2000, metavar="N", help="texts a task (default: 2000)"
     )
@@ -35,8 +35,8 @@ def run(args: Namespace) -> None:
         raise RaeeError(f"--limit {args.limit} is not allowed, it must be at least 1")
     texts = [
         example.text
-        for name in dict.fromkeys(args.task)
-        for example in shuffled_examples(get_task(name), "train", args.data, SEED)[: args.limit]
+        for task in get_tasks(args.task)
+        for example in shuffled_examples(task, "train", args.data, SEED)[: args.limit]
     ]
     report = cut_encoder(args.encoder, args.layers, texts, args.out)
     print(f"raee-serve: {args.encoder}: {report}; written to {args.out}")

@@ -86,7 +86,7 @@ def run(args: Namespace) -> None:
 
 
 def task_pictures(uri: str) -> list[TaskPicture]:
-    """Of every task with two rows or more, in table order."""
+    """Of every task with two rows or more, by name."""
     table = ExitTable.open(uri)
     tasks = [task_exits(table, name) for name in table.metadata.tasks]
     pictures = [TaskPicture.of(task) for task in tasks if task is not None]

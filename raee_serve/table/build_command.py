@@ -18,7 +18,8 @@ from raee_serve.table.datasets import (
     Example,
     add_data_argument,
     add_words_argument,
-    shuffled_examples,
+    load,
+    shuffled,
 )
 from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.rows import MOST_PROBES
@@ -27,20 +28,14 @@ from raee_serve.table.shortcuts import DEFAULT_TOKENS, default_layers
 from raee_serve.table.shortcuts_command import add_file_argument, fit_and_store, target_file
 from raee_serve.table.store import ExitTable
 from raee_serve.table.task import Task
-from raee_serve.table.tasks import TASKS, get_task
+from raee_serve.table.tasks import add_task_argument, get_tasks
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="packaged name, checkpoint directory or hub id"
     )
-    parser.add_argument(
-        "--task",
-        action="append",
-        required=True,
-        metavar="NAME",
-        help=f"repeatable; one of {', '.join(TASKS)}",
-    )
+    add_task_argument(parser)
     parser.add_argument("--table", required=True, metavar="DIR", help="new, or to be added to")
     add_data_argument(parser)
     add_words_argument(parser)
@@ -100,11 +95,9 @@ def run(args: Namespace) -> None:
     if args.probe_layers < 1:
         raise RaeeError(f"--probe-layers {args.probe_layers} is not allowed, it must be at least 1")
     # Everything cheap that can fail comes before the backbone is loaded.
-    tasks = [get_task(name) for name in dict.fromkeys(args.task)]
+    tasks = get_tasks(args.task)
     # The same rows for the same seed and limit, and more of the same for a higher limit.
-    texts = [
-        (task, shuffled_examples(task, "train", args.data, args.seed, args.words)) for task in tasks
-    ]
+    texts = [(task, _texts(task, args)) for task in tasks]
     work = [(task, rows[: args.limit]) for task, rows in texts]
     if args.shortcuts and not any(task.kind == "free-text" for task, _ in work):
         raise RaeeError("--shortcuts needs a free-text task among those that are built")
@@ -144,6 +137,14 @@ def run(args: Namespace) -> None:
         )
         print(builder.build(examples), flush=True)
     _compact(table)
+
+
+def _texts(task: Task, args: Namespace) -> list[Example]:
+    """All training examples, shuffled; says how many rows have no text."""
+    loaded = load(task, "train", args.data)
+    if loaded.blank:
+        print(f"{task.name}: {loaded.blank:,} rows without a text left out", flush=True)
+    return shuffled(loaded.examples, args.seed, args.words)
 
 
 def _compact(table: ExitTable) -> None:

@@ -1,4 +1,4 @@
-"""Rows out of data files (csv, tsv, jsonl, parquet, each also gzipped) and hub data sets.
+"""Cells out of data files: csv, tsv, jsonl and parquet, each also gzipped.
 
 What cannot be read is a TaskError of one line that names the file, the row and the column.
 """
@@ -10,11 +10,9 @@ import csv
 import gzip
 import io
 import json
-import math
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,65 +32,6 @@ MARKS = {
 
 Cells = Iterator[tuple[str, tuple[Any, ...]]]
 """(where a row stands, its values in the columns that were asked for)"""
-
-
-@dataclass(frozen=True, slots=True)
-class DataSource:
-    """Where the rows of a task are.
-
-    train, test: files, or splits of the hub set; test may be the share of the training rows that is
-        held out, or None.
-    text, gold: columns; gold has the label or the reference.
-    answers: (value in the data, label) in the order of the labels; empty for free text.
-    folder: what file names are relative to; None for the --data root.
-    hub, config: as `datasets.load_dataset` takes them.
-    """
-
-    train: str
-    test: str | float | None
-    text: str
-    gold: str
-    answers: tuple[tuple[str, str], ...] = ()
-    folder: Path | None = None
-    hub: str | None = None
-    config: str | None = None
-
-    def __str__(self) -> str:
-        return f"hub {self.hub}" if self.hub else str((self.folder or Path("ROOT")) / self.train)
-
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """where: for messages. text: stripped, perhaps empty; then gold and kind are so too.
-
-    gold: a label's value, or a reference. kind: what the data has it as.
-    """
-
-    where: str
-    text: str
-    gold: str
-    kind: str
-
-
-def source_rows(source: DataSource, split: str, root: str | Path | None = None) -> Iterator[RawRow]:
-    """The rows of a file or a split of the hub set. Raises TaskError for what cannot be read."""
-    columns = (source.text, source.gold)
-    if source.hub:
-        cells = _hub_cells(source, split, columns)
-    else:
-        cells = file_cells((source.folder or expanded(root or "")) / expanded(split), columns)
-    first: RawRow | None = None
-    for where, (text, gold) in cells:
-        text = _text(where, source.text, text).strip()
-        kind, gold = _gold(where, source.gold, gold) if text else ("", "")
-        row = RawRow(where, text, gold, kind)
-        first = first or (row if text else None)
-        if first and text and kind != first.kind:
-            raise TaskError(
-                f"{where}: column {brief(source.gold)} holds {kind}, and {first.kind} at "
-                f"{first.where}; allowed: one type"
-            )
-        yield row
 
 
 def file_cells(path: Path, columns: Sequence[str]) -> Cells:
@@ -118,8 +57,8 @@ def decoded(path: Path) -> str:
         line = e.object[: e.start].decode(encoding, "ignore").count("\n") + 1
         raise TaskError(
             f"{shown(path)}:{line}: byte 0x{e.object[e.start]:02x} is not {encoding.upper()} here; "
-            "allowed: UTF-8, or UTF-16 with a byte-order mark; if it is "
-            "Latin-1: iconv -f latin1 -t utf-8"
+            "allowed: UTF-8, or UTF-16 with a byte-order mark; Latin-1 is converted by "
+            "iconv -f latin1 -t utf-8"
         ) from e
 
 
@@ -174,7 +113,7 @@ def _csv_cells(path: Path, columns: Sequence[str], delimiter: str) -> Cells:
     line = 1
     try:
         header = next(reader, [])
-        places = _places(f"{shown(path)}:1", columns, header)
+        places = places_of(f"{shown(path)}:1", columns, header)
         line = reader.line_num + 1
         for row in reader:
             where, line = f"{shown(path)}:{line}", reader.line_num + 1
@@ -198,7 +137,7 @@ def _jsonl_cells(path: Path, columns: Sequence[str]) -> Cells:
         if line.strip():
             where = f"{shown(path)}:{number}"
             row = _object(where, line)
-            _places(where, columns, list(row))
+            places_of(where, columns, list(row))
             yield where, tuple(row[column] for column in columns)
 
 
@@ -213,7 +152,7 @@ def _object(where: str, line: str) -> dict[str, Any]:
     except RecursionError as e:
         raise TaskError(f"{where}: nested too deeply; allowed: an object of plain values") from e
     if not isinstance(row, dict):
-        raise TaskError(f"{where}: {_kind(row)}; allowed: an object, as {{...}}")
+        raise TaskError(f"{where}: {kind_of(row)}; allowed: an object, as {{...}}")
     return row
 
 
@@ -224,36 +163,18 @@ def _parquet_cells(path: Path, columns: Sequence[str]) -> Cells:
     data, number = file_bytes(path), 0
     try:
         file = parquet.ParquetFile(pa.BufferReader(data))
-        _places(shown(path), columns, file.schema_arrow.names)
+        places_of(shown(path), columns, file.schema_arrow.names)
         for batch in file.iter_batches(columns=list(dict.fromkeys(columns))):
-            for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+            cells = ((cell.as_py() for cell in batch.column(name)) for name in columns)
+            for values in zip(*cells, strict=True):
                 number += 1
                 yield f"{shown(path)}: row {number}", values
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as e:
-        raise TaskError(f"{shown(path)}: after row {number}: {_one_line(e)}") from e
+        where = f"row {number + 1}: " if number else ""
+        raise TaskError(f"{shown(path)}: {where}cannot be read as Parquet: {one_line(e)}") from e
 
 
-def _hub_cells(source: DataSource, split: str, columns: Sequence[str]) -> Cells:
-    import datasets
-
-    where = f"{source.hub}[{split}]"
-    try:
-        rows = datasets.load_dataset(source.hub, source.config, split=split)
-    except Exception as e:  # hub, cache and parser errors of many unrelated types
-        raise TaskError(
-            f"cannot load hub data set {source.hub} ({split}): {_one_line(e)}"
-        ) from e
-    _places(where, columns, rows.column_names)
-    names = getattr(rows.features[source.gold], "names", None) or []
-    # A label that is stored as a number goes by its name, unless the task lists numbers.
-    by_name = bool(names) and {value for value, _ in source.answers} <= set(names)
-    for number, row in enumerate(rows):
-        text, gold = (row[column] for column in columns)
-        is_known = by_name and isinstance(gold, int) and 0 <= gold < len(names)
-        yield f"{where}[{number}]", (text, names[gold] if is_known else gold)
-
-
-def _places(where: str, columns: Sequence[str], header: Sequence[str]) -> list[int]:
+def places_of(where: str, columns: Sequence[str], header: Sequence[str]) -> list[int]:
     """Where the columns stand in the header. Raises TaskError unless each is there once."""
     for column in columns:
         if header.count(column) != 1:
@@ -264,45 +185,11 @@ def _places(where: str, columns: Sequence[str], header: Sequence[str]) -> list[i
     return [header.index(column) for column in columns]
 
 
-def _text(where: str, column: str, value: object) -> str:
-    """A cell's text, empty for null. Raises TaskError unless it is text that can be encoded."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TaskError(
-            f"{where}: column {brief(column)} holds {_kind(value)}, {brief(value)}; allowed: text"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise TaskError(
-            f"{where}: column {brief(column)} holds {value[e.start]!r}, half of a surrogate pair; "
-            "allowed: whole characters"
-        ) from e
-    return value
-
-
-def _gold(where: str, column: str, value: object) -> tuple[str, str]:
-    """What kind of value a cell holds, and its text. Raises TaskError for a blank."""
-    if isinstance(value, bool):
-        return "true or false", str(value).lower()
-    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
-        return "a number", str(value)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise TaskError(f"{where}: column {brief(column)} is blank; allowed: a label or reference")
-    if not isinstance(value, str):
-        raise TaskError(
-            f"{where}: column {brief(column)} holds {_kind(value)}, {brief(value)}; allowed: text, "
-            "a number, true or false"
-        )
-    return "text", _text(where, column, value)
-
-
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     kinds |= {dict: "an object", type(None): "null"}
     return kinds.get(type(value), type(value).__name__)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_files import DataSource, RawRow, brief, listed, source_rows
+from raee_serve.table.data_files import brief, listed
+from raee_serve.table.data_source import DataSource, RawRow, source_rows
 
 if TYPE_CHECKING:
     from raee_serve.table.task import Task

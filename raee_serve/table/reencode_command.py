@@ -21,8 +21,7 @@ from raee_serve.table.datasets import add_data_argument, add_words_argument
 from raee_serve.table.key_texts import key_texts
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import TASKS
+from raee_serve.table.tasks import TASKS, add_task_argument, get_tasks
 
 DESCRIPTION = """Write a table of the same rows with the vectors of another encoder. Probes are
 fitted anew to the states that the old table keeps, so no backbone runs. Texts come from the rows,
@@ -36,6 +35,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("table", metavar="DIR")
     parser.add_argument("--encoder", required=True, help="packaged name, directory or hub id")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new table; must not exist")
+    note = "for texts that neither the rows nor a shipped task have; "
+    add_task_argument(parser, note, required=False)
     add_data_argument(parser)
     add_words_argument(parser)
 
@@ -46,8 +47,10 @@ def run(args: Namespace) -> None:
     old = ExitTable.open(args.table)
     # Everything cheap that can fail comes before anything is encoded.
     rows = {name: old.rows(name, vectors=False) for name in old.metadata.tasks}
+    tasks = TASKS | {task.name: task for task in get_tasks(args.task or ())}
     texts = {
-        name: key_texts(_task(old, name), own, args.data, args.words) for name, own in rows.items()
+        name: key_texts(tasks.get(name) or old.entry(name).task, own, args.data, args.words)
+        for name, own in rows.items()
     }
     encoder = Encoder(args.encoder, threads=torch.get_num_threads())
     # All of it before the new table is there: one that was cut short could be served.
@@ -65,11 +68,6 @@ def run(args: Namespace) -> None:
     if shortcuts is not None and copy is not None:
         shutil.copyfile(shortcuts, copy)
     print(f"raee-serve: {new.count_rows()} rows under {encoder.identity()} in {args.out}")
-
-
-def _task(table: ExitTable, name: str) -> Task:
-    """With its data where it ships with the package."""
-    return TASKS.get(name) or table.metadata.tasks[name].task
 
 
 def _states(table: ExitTable, task: str, ids: Sequence[str]) -> NDArray[np.float16] | None:

@@ -29,7 +29,7 @@ from raee_serve.table.shortcuts import (
 )
 from raee_serve.table.store import ExitTable, exists
 from raee_serve.table.task import Task
-from raee_serve.table.tasks import TASKS, get_task
+from raee_serve.table.tasks import add_task_argument, get_tasks
 
 DESCRIPTION = """Fit, for some layers, a linear map from the state after the layer to that after the
 last one, on the text of tasks, and store the maps beside the exit table. A build that finds them
@@ -42,13 +42,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--model", required=True, help="packaged name, checkpoint directory or hub id"
     )
     parser.add_argument("--table", required=True, metavar="DIR", help="need not be built yet")
-    parser.add_argument(
-        "--task",
-        action="append",
-        metavar="NAME",
-        help=f"whose training text to fit on; repeatable; one of {', '.join(TASKS)} (default: the "
-        "table's free-text tasks)",
-    )
+    note = "whose training text to fit on (default: the table's free-text tasks); "
+    add_task_argument(parser, note, required=False)
     parser.add_argument(
         "--layers",
         nargs="+",
@@ -162,7 +157,7 @@ def _tasks(args: Namespace, backbone: BackboneIdentity) -> list[Task]:
     names = args.task or [name for name, entry in entries.items() if entry.kind == "free-text"]
     if not names:
         raise RaeeError(f"exit table {args.table} holds no free-text task; name tasks with --task")
-    return [get_task(name) for name in dict.fromkeys(names)]
+    return get_tasks(names)
 
 
 def _entries(uri: str, backbone: BackboneIdentity) -> Mapping[str, TaskEntry]:

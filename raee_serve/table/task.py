@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_files import DataSource, brief
+from raee_serve.table.data_files import brief
+from raee_serve.table.data_source import DataSource
 from raee_serve.table.prompts import Message, Prompt, Rendered, described_prompt
 
 Kind = Literal["labels", "free-text"]

@@ -14,12 +14,13 @@ LABELS = (" terrible", " great")
 class Reply:
     """texts, logprobs: one per prompt; logprobs of the first token, by token.
 
-    layers, reasons, tasks, distances: as the headers state them, one per prompt.
+    layers, heads, reasons, tasks, distances: as the headers state them, one per prompt.
     """
 
     texts: list[str]
     logprobs: list[dict[str, float]]
     layers: list[int]
+    heads: list[str]
     reasons: list[str]
     tasks: list[str]
     distances: list[str]
@@ -50,6 +51,7 @@ def decisions(headers) -> dict[str, list]:
     assert len(values("num-layers")) == len(values("lookup-ms")) == len(values("reason"))
     return {
         "layers": [int(layer) for layer in values("exit-layer")],
+        "heads": values("exit-head"),
         "reasons": values("reason"),
         "tasks": values("task"),
         "distances": values("distance"),

@@ -15,8 +15,8 @@ from raee_serve.table.tasks import get_task
 
 MODEL = "smollm2-135m"
 NUM_LAYERS = 30
-ROWS = 24
-"""Table rows a task: the first of a shuffle of the demo set."""
+ROWS = 64
+"""Table rows a task: the first of a shuffle of the demo set, enough for probes."""
 VLLM_FLAGS = [
     "--max-model-len",
     "8192",

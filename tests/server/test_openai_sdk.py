@@ -21,7 +21,10 @@ def prompts_of(reviews, count):
 
 
 def close(one, other):
-    """Whether two first-token distributions are the same but for bf16 batch noise."""
+    """Whether two first-token distributions are the same but for bf16 batch noise.
+
+    Those of a label's probe are over the labels.
+    """
     return set(one) == set(other) and all(abs(one[t] - other[t]) < 0.3 for t in one)
 
 
@@ -42,6 +45,7 @@ def test_the_model_has_the_name_that_was_typed(served):
 def test_a_string_is_answered_at_its_retrieved_depth(served, shallow):
     prompt, reply = shallow
     assert reply.reasons == ["retrieved"] and reply.tasks == ["demo_sentiment"]
+    assert reply.heads == ["probe"] and set(reply.logprobs[0]) == set(LABELS)
     assert 0 <= float(reply.distances[0]) <= 2
     assert reply.texts[0] in LABELS
     forced = complete(served, prompt, raee={"exit_layer": reply.layers[0]}, extra_body=CHOICE)

@@ -14,8 +14,8 @@ PROMPT = "The capital of France is"
 @pytest.mark.parametrize(
     ("raee", "parameter", "allowed"),
     [
-        ("full", "raee", "exit_layer, task, k, rule"),
-        ({"layer": 3}, "raee.layer", "exit_layer, task, k, rule"),
+        ("full", "raee", "exit_layer, head, task, k, budget"),
+        ({"layer": 3}, "raee.layer", "exit_layer, head, task, k, budget"),
         ({"exit_layer": 0}, "raee.exit_layer", "1..30, 'full' or 'auto'"),
         ({"exit_layer": 31}, "raee.exit_layer", "1..30, 'full' or 'auto'"),
         ({"exit_layer": True}, "raee.exit_layer", "1..30, 'full' or 'auto'"),
@@ -24,7 +24,9 @@ PROMPT = "The capital of France is"
         ({"task": "sst9"}, "raee.task", "demo_chat_sentiment, demo_sentiment"),
         ({"k": 0}, "raee.k", "1..1024"),
         ({"k": "12"}, "raee.k", "1..1024"),
-        ({"rule": "latest"}, "raee.rule", "calibrated, earliest, fused, published"),
+        ({"head": "fused"}, "raee.head", "plain, shortcut, probe"),
+        ({"budget": 1.5}, "raee.budget", "a number above 0 and at most 1"),
+        ({"head": "probe", "exit_layer": 3}, "raee.head", "demo_chat_sentiment, demo_sentiment"),
     ],
 )
 @pytest.mark.parametrize("chat", [False, True])
@@ -78,10 +80,22 @@ def test_nor_on_routes_that_have_no_decisions(served, smuggled):
     assert texts[0] == texts[1] != ""
 
 
-def test_k_and_rule_reach_the_look_up(served, reviews):
+def test_k_budget_and_head_reach_the_look_up(served, reviews):
     prompts = [f"{text} It was" for text in reviews[:6]]
-    layers = [
-        complete(served, prompts, raee={"task": "demo_sentiment", "k": k, "rule": rule}).layers
-        for k, rule in ((1, "earliest"), (40, "earliest"), (40, "published"))
-    ]
-    assert layers[0] != layers[1] != layers[2]
+
+    def layers(**raee):
+        return complete(served, prompts, raee={"task": "demo_sentiment", **raee}).layers
+
+    shallow, deep = layers(budget=0.6), layers(budget=1)
+    assert sum(shallow) < sum(deep)
+    assert layers(budget=1, k=1) != deep
+    assert layers(head="plain") != layers(head="plain", k=40)
+
+
+def test_a_probe_answers_at_every_depth(served, reviews):
+    prompt = f"{reviews[0]} It was"
+    for layer in (1, 8, NUM_LAYERS):
+        reply = complete(served, prompt, raee={"task": "demo_sentiment", "exit_layer": layer})
+        assert (reply.layers, reply.heads, reply.reasons) == ([layer], ["probe"], ["override"])
+        plain = {"task": "demo_sentiment", "exit_layer": layer, "head": "plain"}
+        assert complete(served, prompt, raee=plain).heads == ["plain"]

@@ -68,9 +68,8 @@ def test_neither_a_table_nor_a_depth():
     [
         (["--table", "somewhere", "--exit-layer", "3"], "give either --table"),
         (["--table", "somewhere", "--k", "0"], "--k is 0; allowed: 1..1024"),
-        (["--table", "x", "--rule", "latest"], "allowed: calibrated, earliest, fused, published"),
-        (["--table", "somewhere", "--fraction", "0"], "--fraction is 0.0; allowed: above 0"),
-        (["--table", "somewhere", "--vote-weight", "-1"], "--vote-weight is -1.0; allowed: more"),
+        (["--table", "somewhere", "--head", "fused"], "'fused'; allowed: plain, probe"),
+        (["--table", "somewhere", "--budget", "0"], "--budget is 0.0; allowed: above 0"),
         (["--table", "somewhere", "--lookup-timeout-ms", "0"], "allowed: more than 0"),
         (["--table", "somewhere", "--max-distance", "3"], "allowed: 0..2"),
         (["--table", "somewhere", "--sample-full", "2"], "--sample-full is 2.0; allowed: 0..1"),

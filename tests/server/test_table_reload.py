@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from benchmarks.metrics_page import total
+from raee_serve.table.build import complete as complete_fit
 from raee_serve.table.store import ExitTable
 from tests.server.asking import complete, post
 from tests.server.conftest import MODEL, ROWS
@@ -48,6 +49,7 @@ def test_requests_go_on_while_tables_are_swapped(served, table, reviews):
     asking.start()
     try:
         table.delete_rows(sorted(table.row_ids("demo_sentiment"))[:3])
+        complete_fit(table, "demo_sentiment", progress=False)
         table.drop_task("demo_chat_sentiment")
         status, _, answer = post(served, RELOAD, b"")
         assert status == 200
@@ -60,6 +62,47 @@ def test_requests_go_on_while_tables_are_swapped(served, table, reviews):
         ended.set()
         asking.join()
     assert replies and all(reply.reasons == ["retrieved"] * 2 for reply in replies)
+
+
+def test_every_answer_is_one_of_two_tables_own(served, table, reviews):
+    """Also of the requests that are under way while the probes change."""
+    prompts = [f"{text} It was" for text in reviews[:3]]
+    first, own, replies, ended = table.version, [], [], threading.Event()
+    own.append(complete(served, prompts, raee=NAMED))
+    table.delete_rows(sorted(table.row_ids("demo_sentiment"))[:20])
+    complete_fit(table, "demo_sentiment", progress=False)
+    second = table.version
+    assert post(served, RELOAD, b"")[0] == 200
+    own.append(complete(served, prompts, raee=NAMED))
+    assert not same(*own)
+
+    def ask():
+        while not ended.is_set():
+            replies.append(complete(served, prompts, raee=NAMED))
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    try:
+        for version in (first, second) * 4:
+            table.rollback(version)
+            assert post(served, RELOAD, b"")[0] == 200
+    finally:
+        ended.set()
+        for thread in asking:
+            thread.join()
+    assert len(replies) > 20
+    assert all(same(reply, own[0]) or same(reply, own[1]) for reply in replies)
+    assert any(same(reply, own[0]) for reply in replies)
+    assert any(same(reply, own[1]) for reply in replies)
+
+
+def same(one, other):
+    """Whether two replies are of the same probes at the same depths, but for bf16 noise."""
+    pairs = zip(one.logprobs, other.logprobs, strict=True)
+    return one.layers == other.layers and all(
+        abs(mine[label] - theirs[label]) < 0.1 for mine, theirs in pairs for label in mine
+    )
 
 
 def test_a_dropped_task_is_gone_after_the_reload(served, table):

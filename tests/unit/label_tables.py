@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from raee_serve.table.build import complete
+from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.schema import TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.table.task import Task
 
 LAYERS, HIDDEN = (1, 2, 3, 4), 32
 TEXTS = ["a wonderful film", "an awful film", "a great book", "a dull book"]
@@ -36,7 +37,7 @@ def put_labels(
     The plain head is right at `layer` alone, and states tell the labels apart from there on.
     Fewer than 40 rows have no probes.
     """
-    task = get_task(name)
+    task = Task(name, CompletionPrompt("{text} It was"), ("terrible", "great"))
     entry = TaskEntry.of(task, task.plain_token_ids(tokenizer), LAYERS)
     if replace:
         table.begin_replace(entry)

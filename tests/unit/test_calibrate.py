@@ -1,85 +1,30 @@
 """Settings chosen on a table's own rows, each left out in turn."""
 
 import re
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from raee_serve.cli import main
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.calibrate_command import Budget
 from raee_serve.evaluation.documents import SEED, unseen_documents
-from raee_serve.retrieval.aggregate import RULES, decide
-from raee_serve.retrieval.leave_one_out import LeaveOneOut, Outcome, frontier
+from raee_serve.exits.choice import Choice
+from raee_serve.exits.replay import BUDGETS, NEIGHBOURS, Outcome
 from raee_serve.table.datasets import shortened, shuffled_examples
-from raee_serve.table.evidence import label_evidence
-from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows, row_id
+from raee_serve.table.schema import TaskEntry, row_id
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
-from tests.unit.table_rows import entry, label_rows, metadata, unit_vectors
+from tests.unit.exit_tables import free_text_rows, new_table, put_labels
+from tests.unit.table_rows import entry
 
 pytestmark = pytest.mark.unit
 
-N, LAYERS = 60, 4
-
-
-@pytest.fixture(scope="module")
-def task_rows():
-    """Layer 3 is mostly right, layer 4 on the first half of space only, layers 1 and 2 never."""
-    vectors = unit_vectors(N)
-    right = np.full((N, LAYERS), 0.2)
-    right[:50, 2] = 0.8
-    right[vectors[:, 0] > 0, 3] = 0.9
-    return label_rows([str(i) for i in range(N)], vectors, right)
-
-
-@pytest.fixture(scope="module")
-def rows(task_rows):
-    return LeaveOneOut(task_rows.vectors, task_rows.golds, task_rows.label_logprobs)
+N = 60
 
 
 def outcome(accuracy, depth):
-    return Outcome(RuleChoice("earliest", 12, 0.95, 1.0), accuracy, depth)
-
-
-@pytest.mark.parametrize("rule", ["earliest", "published"])
-def test_a_row_is_asked_as_if_the_table_did_not_hold_it(rule, task_rows, rows):
-    """The same by hand, row for row, from a table without it."""
-    k, layers, correct = 5, [], []
-    evidence = label_evidence(task_rows.label_logprobs, task_rows.golds)
-    answers = task_rows.label_logprobs.argmax(axis=2)
-    similarities = task_rows.vectors @ task_rows.vectors.T
-    for i in range(N):
-        others = np.delete(np.arange(N), i)
-        near = others[np.argsort(-similarities[i, others], kind="stable")[:k]]
-        found = decide(RULES[rule], evidence[near][:, None], 1 - similarities[i, near])
-        layer = LAYERS if found is None else found[0]
-        layers.append(layer)
-        correct.append(answers[i, layer - 1] == task_rows.golds[i])
-    [found] = rows.outcomes(rule, k, 1.0, [0.95])
-    assert found.accuracy == pytest.approx(np.mean(correct))
-    assert found.depth == pytest.approx(np.mean(layers) / LAYERS)
-
-
-def test_baselines(task_rows, rows):
-    answers = task_rows.label_logprobs.argmax(axis=2)
-    assert rows.full_depth() == pytest.approx((answers[:, -1] == task_rows.golds).mean())
-    assert rows.best_layer()[0] == 3
-    assert 0 <= rows.label_vote(8) <= 1
-    most_frequent = np.bincount(task_rows.golds).max() / N
-    assert rows.stacked_vote() >= most_frequent - 0.02
-
-
-def test_every_rule_is_tried(rows):
-    outcomes = list(rows.every_outcome())
-    assert {o.choice.rule for o in outcomes} == set(RULES)
-    assert all(0 <= o.accuracy <= 1 and 1 / LAYERS <= o.depth <= 1 for o in outcomes)
-    assert max(o.choice.k for o in outcomes) < N
-
-
-def test_the_frontier_holds_what_nothing_beats():
-    best = frontier([outcome(0.7, 0.5), outcome(0.6, 0.6), outcome(0.8, 0.9), outcome(0.7, 0.4)])
-    assert [(o.accuracy, o.depth) for o in best] == [(0.7, 0.4), (0.8, 0.9)]
+    return Outcome(Choice(12, 0.95), accuracy, depth)
 
 
 def test_a_budget_takes_the_best_within_it():
@@ -103,24 +48,38 @@ def test_a_budget_that_is_none_is_named(text):
 
 
 @pytest.fixture
-def uri(tmp_path, task_rows):
-    uri = str(tmp_path / "table")
-    table = ExitTable.open_or_create(uri, metadata())
-    table.put_task(entry("sst2"))
+def table(uri):
+    """sst2: layer 2 answers two of three rows, layer 3 nearly all; cr: too few rows for probes;
+    xsum: none."""
+    table = new_table(uri)
+    third = [0.1, 0.9, 0.9, 0.9], [0.2, 0.7, 0.8, 0.7], [0.1, 0.2, 0.7, 0.9]
+    put_labels(table, "sst2", [*third * (N // 3 - 1), *[[0.1] * 4] * 3])
+    put_labels(table, "cr", [[0.1, 0.9, 0.9, 0.9]] * 9, has_fit=False)
     table.put_task(entry("xsum"))
-    table.add("sst2", task_rows)
-    return uri
+    return table
 
 
-def test_the_command_stores_its_choice(uri, tmp_path, capsys):
+def test_the_command_stores_its_choice(table, tmp_path, capsys):
     png = tmp_path / "frontier.png"
-    command = ["calibrate", "--table", uri, "--task", "sst2", "--budget", "depth<=0.8"]
+    command = ["calibrate", "--table", table.uri, "--task", "sst2", "--budget", "depth<=0.8"]
     assert main([*command, "--png", str(png)]) == 0
-    choice = ExitTable.open(uri).metadata.choices["sst2"]
+    choice = ExitTable.open(table.uri).metadata.choices["sst2"]
+    assert choice.k in NEIGHBOURS["probe"] and choice.budget in BUDGETS
     printed = capsys.readouterr().out
-    assert "label vote of 32 neighbours" in printed and "best fixed layer (3)" in printed
-    assert f"stored {choice.rule}, k {choice.k}" in printed
+    for line in ("full depth, by LM head", "full depth, by probe", "best fixed layer (3)"):
+        assert line in printed
+    assert "label vote of 128 neighbours" in printed and f"stored {choice} in" in printed
+    chosen = re.search(r"chosen .* accuracy ([0-9.]+) at depth ([0-9.]+)", printed)
+    assert float(chosen[1]) >= 0.9 and float(chosen[2]) <= 0.8
     assert png.stat().st_size > 1000
+
+
+def test_a_picture_into_a_missing_folder_is_refused_before_anything_is_done(table, capsys):
+    command = ["calibrate", "--table", table.uri, "--task", "sst2", "--budget", "depth<=0.8"]
+    assert main([*command, "--png", "/nowhere/f.png"]) == 1
+    told = capsys.readouterr()
+    assert "there is no directory /nowhere" in told.err and not told.out
+    assert ExitTable.open(table.uri).metadata.choices == {}
 
 
 @pytest.mark.parametrize(
@@ -128,13 +87,13 @@ def test_the_command_stores_its_choice(uri, tmp_path, capsys):
     [
         (["--generate", "8"], "--generate 8 needs .* --model"),
         (["--generate", "0", "--model", "m"], "--generate 0 needs at least 1 document"),
-        (["--generate", "8", "--model", "m"], "for free text, and sst2 has label words"),
+        (["--generate", "8", "--model", "m"], "for free text, and sst2 has labels"),
         (["--model", "m"], "--model and --base-url go with --generate"),
         (["--base-url", "http://127.0.0.1:9"], "--model and --base-url go with --generate"),
     ],
 )
-def test_answers_are_asked_for_only_where_they_can_be(uri, flags, message, capsys):
-    command = ["calibrate", "--table", uri, "--task", "sst2", "--budget", "depth<=0.8"]
+def test_answers_are_asked_for_only_where_they_can_be(table, flags, message, capsys):
+    command = ["calibrate", "--table", table.uri, "--task", "sst2", "--budget", "depth<=0.8"]
     assert main([*command, *flags]) == 1
     assert re.search(message, capsys.readouterr().err)
 
@@ -144,11 +103,10 @@ def test_answers_are_to_documents_that_the_table_lacks(tmp_path):
     task, words = get_task("demo_summary"), 3
     whole, other, *unseen = shuffled_examples(task, "train", None, SEED)
     [cut] = shortened([other], words)
-    table = ExitTable.open_or_create(str(tmp_path / "table"), metadata())
+    table = new_table(str(tmp_path / "table"))
     table.put_task(TaskEntry.of(task, (), (2, 4)))
-    found = np.full((2, 2), 0.5, np.float32)
     ids = [row_id(task.name, known.text, known.gold) for known in (whole, cut)]
-    table.add(task.name, TaskRows(ids, unit_vectors(2), None, None, found, found, found))
+    table.add(task.name, replace(free_text_rows([[0.5, 0.5]] * 2), ids=ids))
     assert unseen_documents(table, task, None, 3, words) == shortened(unseen[:3], words)
     with pytest.raises(TaskError, match=f"has {len(unseen)} training documents that .* lacks"):
         unseen_documents(table, task, None, len(unseen) + 1, words)
@@ -160,10 +118,11 @@ def test_answers_are_to_documents_that_the_table_lacks(tmp_path):
         ("sst2", "accuracy>=1.0", "no setting has accuracy >= 1"),
         ("sst2", "quality>=0.9", "does not fit sst2, a labels task; allowed: 'accuracy>=X'"),
         ("xsum", "depth<=0.5", "task xsum has 0 rows"),
-        ("cr", "depth<=0.5", "task 'cr' is not one of .*; those are: sst2, xsum"),
+        ("cr", "depth<=0.5", "task cr has no probes .* the paper's rule, which has no budget"),
+        ("mr", "depth<=0.5", "task 'mr' is not one of .*; those are: cr, sst2, xsum"),
     ],
 )
-def test_what_cannot_be_is_an_error_and_stores_nothing(uri, task, budget, message, capsys):
-    assert main(["calibrate", "--table", uri, "--task", task, "--budget", budget]) == 1
+def test_what_cannot_be_is_an_error_and_stores_nothing(table, task, budget, message, capsys):
+    assert main(["calibrate", "--table", table.uri, "--task", task, "--budget", budget]) == 1
     assert re.search(message, capsys.readouterr().err)
-    assert ExitTable.open(uri).metadata.choices == {}
+    assert ExitTable.open(table.uri).metadata.choices == {}

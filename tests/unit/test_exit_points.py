@@ -18,12 +18,12 @@ from raee_serve.exit_points import (
     rounded_up,
     segments_between,
 )
+from raee_serve.exits.choice import Choice
 from raee_serve.retrieval.points_command import points_named
 from raee_serve.server.launch import _exit_points
 from raee_serve.server.settings import DepthSettings
-from raee_serve.table.schema import RuleChoice
-from raee_serve.table.store import ExitTable
-from tests.unit.table_rows import entry, label_rows, metadata, unit_vectors
+from tests.unit.exit_tables import new_table, put_labels
+from tests.unit.table_rows import entry
 
 pytestmark = pytest.mark.unit
 
@@ -95,14 +95,11 @@ def test_a_count_below_one_is_named():
 
 
 @pytest.fixture
-def table(tmp_path):
+def table(uri):
     """sst2: 20 rows of 4 layers, half of them right at layer 2 alone, the others at layer 3."""
-    table = ExitTable.open_or_create(str(tmp_path / "table"), metadata())
-    right = [[0.1, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.1]] * 10
-    table.put_task(entry("sst2"))
-    rows = label_rows([f"a{i}" for i in range(20)], unit_vectors(20), right)
-    table.add("sst2", rows)
-    table.put_choices({"sst2": RuleChoice("earliest", 1, 1.0, 2.0)})
+    table = new_table(uri)
+    put_labels(table, "sst2", [[0.1, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.1]] * 10)
+    table.put_choices({"sst2": Choice(1, 1.0)})
     table.put_task(entry("cr"))  # no rows
     return table
 

@@ -67,7 +67,9 @@ def test_a_label_is_text_and_tokens_and_ends_by_itself():
             assert completion.logprobs is None and completion.cumulative_logprob is None
 
 
-@pytest.mark.parametrize(("asked", "others"), [(0, []), (1, []), (2, [0]), (3, [0, 2]), (ANY, [0, 2])])
+@pytest.mark.parametrize(
+    ("asked", "others"), [(0, []), (1, []), (2, [0]), (3, [0, 2]), (ANY, [0, 2])]
+)
 def test_the_labels_are_the_tokens_of_the_first_place(asked, others):
     (output,) = rewritten([engine_output(2, told=3)], num_logprobs=asked)
     first, *rest = output.outputs[0].logprobs

@@ -215,9 +215,7 @@ def test_a_named_task_is_answered_at_every_depth():
     early = server.post(prompt="film", raee={"task": "sst2", "exit_layer": 3})
     assert early.headers["x-raee-reason"] == "override"
     assert early.headers["x-raee-exit-head"] == "probe"
-    assert server.engine.params[-1].extra_args == probe_args(
-        3, PROBES.id, "sst2/3", (0.5, -0.5)
-    )
+    assert server.engine.params[-1].extra_args == probe_args(3, PROBES.id, "sst2/3", (0.5, -0.5))
     assert server.looked_up == ["film"]
 
 

@@ -7,16 +7,18 @@ from collections import Counter
 
 import pytest
 
+from benchmarks.serving_load import lists_of
 from benchmarks.serving_report import (
     CUT,
+    LISTS,
     OURS,
     SATURATION,
     VANILLA,
     Depths,
     Run,
-    cut_share,
     draw,
     headline,
+    over_cut,
     summary,
     write_csv,
 )
@@ -58,31 +60,45 @@ def result(system: str) -> dict[str, float]:
 
 
 def runs(rounds: int = 2) -> list[Run]:
-    """Two loads; raee-serve leaves at layer 9 of 18."""
+    """Three loads; raee-serve leaves at layer 9 of 18."""
+    loads = {"0.2": 2.0, SATURATION: math.inf, LISTS: math.inf}
     made = {OURS: Decided(8, 72.0, Counter(retrieved=7, far=1))}
     return [
-        Run.of(("classification", r, load, name), rate, result(name), made.get(name, Decided()))
+        Run.of(
+            ("classification", r, load, name),
+            rate,
+            result(name),
+            made.get(name, Decided()),
+            16 if load == LISTS else 1,
+        )
         for r in range(rounds)
-        for load, rate in (("0.2", 2.0), (SATURATION, math.inf))
+        for load, rate in loads.items()
         for name in RATES
     ]
 
 
-def test_a_cut_checkpoint_of_the_same_depth_is_the_whole_share():
-    assert cut_share(10, 20, 20, Depths(18, 9, 9.0)) == pytest.approx(1)
-    assert cut_share(10, 20, 15, Depths(18, 9, 9.0)) == pytest.approx(0.5)
-    assert cut_share(10, 20, 10, Depths(18, 9, 9.0)) == pytest.approx(0)
+def test_a_cut_checkpoint_of_the_same_depth_is_the_measure():
+    assert over_cut(10, 20, 20, Depths(18, 9, 9.0)) == pytest.approx(1)
+    assert over_cut(10, 20, 25, Depths(18, 9, 9.0)) == pytest.approx(1.25)
 
 
 def test_between_whole_layers_the_time_of_a_request_is_on_a_line():
     """18 layers take 100 ms and 8 take 50 ms, so 9.5 take 57.5 ms."""
-    share = cut_share(10, 20, 1 / 0.0575, Depths(18, 8, 9.5))
-    assert share == pytest.approx(1)
-    assert cut_share(10, 20, 20, Depths(18, 8, 9.5)) > 1
+    assert over_cut(10, 20, 1 / 0.0575, Depths(18, 8, 9.5)) == pytest.approx(1)
+    assert over_cut(10, 20, 20, Depths(18, 8, 9.5)) > 1
 
 
-def test_where_nothing_exits_early_there_is_no_share():
-    assert cut_share(10, 11, 10, Depths(18, 17, 18.0)) is None
+def test_where_nothing_exits_early_vanilla_is_the_measure():
+    assert over_cut(10, 11, 9, Depths(18, 17, 18.0)) == pytest.approx(0.9)
+
+
+def test_lists_are_of_one_task_each():
+    asked = [Asked(get_task(("cr", "sst2")[n % 2]), f"text {n}", 0) for n in range(10)]
+    lists = lists_of(asked, 3)
+    assert [len(own) for own in lists] == [3, 3, 2, 2]
+    assert all(len({one.task.name for one in own}) == 1 for own in lists)
+    assert {one.text for own in lists for one in own} == {one.text for one in asked}
+    assert lists_of(asked, 1) == [[one] for one in asked]
 
 
 def test_metrics_say_how_deep_and_why():
@@ -101,13 +117,16 @@ def test_a_summary_pairs_the_systems_of_each_round():
     said = summary(runs(), 18, 9, answers)
     assert said["mean_exit_layer"] == 9 and said["reasons"] == {"retrieved": 14, "far": 2}
     assert said["saturation_rps_ratio"]["median"] == pytest.approx(1.8)
-    assert said["cut_checkpoint_share"]["median"] == pytest.approx(0.8)
+    assert said["over_cut_checkpoint"]["median"] == pytest.approx(0.9)
+    assert said["lists_ratio"]["median"] == pytest.approx(1.8)
+    assert said["loads"][LISTS][OURS]["rps"] == 16 * RATES[OURS]
     assert said["ttft_p50_added_ms"]["median"] == pytest.approx(6)
     assert said["quality"][VANILLA] == {"mean": 0.5, "demo_sentiment": 0.5}
     assert "offered_rps" not in said["loads"][SATURATION][OURS]
     assert headline(said, [SENTIMENT]) == {
         "saturation_rps_ratio": 1.8,
-        "cut_checkpoint_share": 0.8,
+        "over_cut_checkpoint": 0.9,
+        "lists_ratio": 1.8,
         "accuracy": 1.0,
         "vanilla_accuracy": 0.5,
         "accuracy_is": "accuracy",
@@ -120,7 +139,7 @@ def test_csv_and_picture(tmp_path):
     write_csv(runs(), tmp_path / "runs.csv")
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12
+    assert len(rows) == 18
     assert rows[-1]["reasons"] == "retrieved=7 far=1" and rows[-1]["mean_exit_layer"] == "9.0"
     draw(runs(), "a title", tmp_path / "runs.png")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")

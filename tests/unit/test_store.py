@@ -10,14 +10,33 @@ import numpy as np
 import pytest
 
 from raee_serve.errors import BindingError, TableError
+from raee_serve.exits.fit import TaskFit
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.table.columns import records_to_arrow
-from raee_serve.table.evidence import AGREEMENT, evidence_of
+from raee_serve.table.evidence import free_text_quality, plain_evidence
 from raee_serve.table.info_command import describe
 from raee_serve.table.records import Change, binding_record
-from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskRows, row_id, row_schema
+from raee_serve.table.schema import (
+    Built,
+    EncoderIdentity,
+    TableMetadata,
+    TaskRows,
+    row_id,
+    row_schema,
+)
 from raee_serve.table.store import EXITS, ExitTable
-from tests.unit.table_rows import BACKBONE, ENCODER, entry, label_rows, metadata, unit_vectors
+from tests.unit.table_rows import (
+    BACKBONE,
+    ENCODER,
+    add_all,
+    entry,
+    fitting_rows,
+    label_rows,
+    made_fit,
+    metadata,
+    row_ids,
+    unit_vectors,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -38,35 +57,83 @@ def test_rows_come_back(uri, table):
     assert reopened.count_rows() == 3 and reopened.row_ids("sst2") == {"a", "b", "c"}
     found = reopened.rows("sst2")
     assert found.ids == rows.ids and found.texts == [None] * 3
-    for name in ("vectors", "golds", "label_logprobs"):
+    assert found.states is None  # they lie elsewhere, see `test_states`
+    for name in ("vectors", "golds", "plain_probs", "full_logprobs"):
         np.testing.assert_array_equal(getattr(found, name), getattr(rows, name))
 
 
 def test_free_text_rows_and_texts_come_back(table):
     table.put_task(entry("xsum"))
-    scores = np.array([[-3.0, -1.0], [-2.0, -0.5]], np.float32)
-    agreement = np.array([[AGREEMENT - 0.01, 1], [AGREEMENT + 0.01, 1]], np.float32)
+    hits = np.array([[0.25, 1.0], [0.5, 0.75]], np.float32)
+    agreement = np.array([[0.5, 1], [0.75, 1]], np.float32)
     rows = TaskRows(
         ["x", "y"],
         unit_vectors(2),
-        reference_logprob=scores,
         agreement=agreement,
+        reference_hits=hits,
         texts=["one", "two"],
     )
     table.add("sst2", label_rows(["a"]))
     table.add("xsum", rows)
     found = table.rows("xsum")
-    assert found.texts == ["one", "two"] and found.golds is None
+    assert found.texts == ["one", "two"] and found.golds is None and found.plain_probs is None
     np.testing.assert_array_equal(found.agreement, agreement)
-    evidence = evidence_of(found, entry("xsum"), 4)
-    expected = [[0, 0, 0, np.exp(-1)], [0, np.exp(-2), 0, np.exp(-0.5)]]
-    np.testing.assert_allclose(evidence, expected, rtol=1e-6)
+    quality = free_text_quality(found, entry("xsum"), 4)
+    np.testing.assert_array_equal(quality[:, 0], [[0, 0.25, 0, 1], [0, 0.5, 0, 0.75]])
+    assert not quality[:, 1].any()
 
 
-def test_evidence_is_the_probability_of_gold_where_it_is_the_most_probable(table):
-    table.add("sst2", label_rows(["a"], right=[[0.9, 0.4, 0.6, 0.3]], golds=[1]))
-    evidence = evidence_of(table.rows("sst2"), entry("sst2"), 4)
-    np.testing.assert_allclose(evidence, [[0.9, 0, 0.6, 0]], rtol=1e-6)
+def test_rows_whose_labels_the_plain_head_cannot_tell_apart_say_nothing_of_it(uri, table):
+    own = dataclasses.replace(entry("mr"), plain_token_ids=())
+    table.put_task(own)
+    rows = dataclasses.replace(label_rows(["a", "b"]), plain_probs=None, full_logprobs=None)
+    table.add("mr", rows)
+    found = ExitTable.open(uri).rows("mr")
+    assert found.plain_probs is None and found.full_logprobs is None
+    np.testing.assert_array_equal(found.golds, rows.golds)
+
+
+def test_plain_evidence_is_the_probability_of_gold_where_it_is_the_most_probable():
+    p = np.array([[[0.1, 0.9], [0.6, 0.4], [0.4, 0.6]], [[0.5, 0.5], [0.8, 0.2], [0.3, 0.7]]])
+    found = plain_evidence(np.log(p), np.array([1, 0], np.int32))
+    np.testing.assert_allclose(found, [[0.9, 0, 0.6], [0.5, 0.8, 0]], rtol=1e-6)
+
+
+def test_a_fit_lies_in_the_version_and_comes_back(uri, table):
+    rows = fitting_rows()
+    add_all(table, "sst2", rows)
+    opened = ExitTable.open(uri)
+    fit = opened.fit("sst2")
+    assert opened.metadata.built == {"sst2": Built(60)} and set(fit.ids) == set(rows.ids)
+    assert fit.to_bytes() == table.fit("sst2").to_bytes()
+    assert fit.is_right[:, 1:].mean() > 0.9
+    assert opened.count_rows() == 60  # neither record nor states are rows
+
+
+def test_without_a_fit_the_reason_is_recorded(uri, table):
+    finished = add_all(table, "sst2", label_rows(row_ids(5)))
+    expected = "it has 5 rows, and probes need at least 40"
+    assert finished.no_fit == expected
+    opened = ExitTable.open(uri)
+    assert opened.metadata.built["sst2"] == Built(5, expected) and opened.fit("sst2") is None
+    assert opened.fit("xsum") is None
+
+
+def test_a_damaged_fit_is_named(uri, table, monkeypatch):
+    monkeypatch.setattr(TaskFit, "to_bytes", lambda _: b"no fit")
+    table.finish("sst2", Built(3), made_fit(row_ids(3), np.ones((3, 4))))
+    with pytest.raises(TableError, match=f"{re.escape(uri)}: fit of task sst2: a fit cannot be"):
+        ExitTable.open(uri).fit("sst2")
+
+
+def test_states_of_rows_are_read_in_their_order(table):
+    rows = fitting_rows(8)
+    table.add("sst2", rows)
+    order = [rows.ids[i] for i in (5, 0, 7)]
+    found = table.states("sst2", order)
+    np.testing.assert_array_equal(found, rows.states[[5, 0, 7]].transpose(1, 0, 2))
+    with pytest.raises(TableError, match="states of task sst2: the states of 1 of 1 rows"):
+        table.states("sst2", ["0" * 32])
 
 
 def test_known_ids_are_left_as_they_are(table):
@@ -155,8 +222,9 @@ def broken_binding(uri, json_text):
         ("{", "metadata cannot be read .*JSONDecodeError"),
         ("[]", "metadata cannot be read"),
         ("{}", "metadata cannot be read .*format"),
-        (json.dumps({"format": 99, "metric": "cosine"}), r"\(99, 'cosine'\).*formats 1 and 2"),
-        (json.dumps({"format": 2, "metric": "l2"}), r"\(2, 'l2'\)"),
+        (json.dumps({"format": 99, "metric": "cosine"}), r"\(99, 'cosine'\).*reads 3, cosine"),
+        (json.dumps({"format": 2, "metric": "cosine"}), r"\(2, 'cosine'\).*Build the table anew"),
+        (json.dumps({"format": 3, "metric": "l2"}), r"\(3, 'l2'\)"),
         (binding_record(metadata()).replace("num_layers", "layers"), "metadata cannot be read"),
     ],
 )
@@ -200,9 +268,9 @@ def test_other_columns(uri, table):
         ({"golds": np.array([0, 2])}, r"gold label 2 is not within 0\.\.1"),
         ({"golds": np.array([0, -1])}, "gold label -1"),
         ({"golds": None}, "gold has 2 empty cells"),
-        ({"label_logprobs": np.zeros((2, 3, 2))}, r"label_logprobs has cells of \[6\].*expected 8"),
-        ({"label_logprobs": None}, "label_logprobs has 2 empty cells"),
-        ({"label_logprobs": np.full((2, 4, 2), -np.inf)}, "label_logprobs.*not finite"),
+        ({"plain_probs": np.zeros((2, 3))}, r"plain_probs has cells of \[3\].*expected 4"),
+        ({"plain_probs": None}, "plain_probs has 2 empty cells"),
+        ({"full_logprobs": np.full((2, 2), -np.inf)}, "full_logprobs.*not finite"),
     ],
 )
 def test_bad_rows_are_named(uri, table, change, message):
@@ -212,12 +280,16 @@ def test_bad_rows_are_named(uri, table, change, message):
 
 
 def test_info_describes_tasks_binding_and_rates(uri, table):
-    table.add("sst2", label_rows(["a", "b"], right=[[0.9, 0.4, 0.6, 0.6]] * 2))
+    add_all(table, "sst2", fitting_rows())
     table.put_task(entry("xsum"))
+    add_all(table, "mr", label_rows(["a", "b"]))
     text = "\n".join(describe(uri))
-    assert f"exit table {uri}: 2 rows" in text and "version    4" in text
+    assert f"exit table {uri}: 62 rows" in text and f"version    {table.version}" in text
     assert "unseen" not in text
     assert "LlamaForCausalLM (4 layers" in text and "minilm (8 dimensions" in text
-    assert "sst2: 2 rows" in text and "terrible, great" in text
-    assert "1: 100%  2: 0%  3: 100%  4: 100%" in text
-    assert "xsum: 0 rows" in text
+    assert "sst2: 60 rows" in text and "terrible, great" in text
+    fit = table.fit("sst2")
+    shares = "  ".join(f"{n}: {share:.0%}" for n, share in zip(fit.layers, fit.is_right.mean(0)))
+    assert f"probes {fit.digest}" in text and f"  {shares}" in text
+    assert "xsum: 0 rows" in text and "build has not finished" in text
+    assert "no probes: it has 2 rows, and probes need at least 40" in text

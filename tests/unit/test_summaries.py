@@ -22,8 +22,8 @@ from raee_serve.evaluation.summary_report import (
     results,
 )
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Turn, rows_of
+from raee_serve.exits.choice import Choice
 from raee_serve.fingerprint import BackboneIdentity
-from raee_serve.retrieval.free_text import quality_choice
 from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskEntry
 from raee_serve.table.tasks import get_task
 
@@ -39,15 +39,15 @@ def turn(row: str, first: int, texts: list[str], exit_layer: int = 4, seconds: f
 
 
 def test_rows_are_full_depth_each_exit_twice_and_the_budgets():
-    rows = rows_of([2, 3], {0.98: None, 0.9: quality_choice(0.85, k=7)})
+    rows = rows_of([2, 3], {0.98: None, 0.9: Choice(7, 0.85)})
     assert [row.name for row in rows] == [
         "full depth",
         *("layer 2", "layer 3"),
         *("layer 2, shortcut", "layer 3, shortcut"),
-        *("quality 0.98", "quality 0.9"),
+        *("budget 0.98", "budget 0.9"),
     ]
-    assert rows[3].raee == {"task": None, "exit_layer": 2, "exit_head": "shortcut"}
-    assert rows[-1].raee == {"rule": "quality", "k": 7, "quality": 0.85, "explain": True}
+    assert rows[3].raee == {"task": None, "exit_layer": 2, "head": "shortcut"}
+    assert rows[-1].raee == {"k": 7, "budget": 0.85, "explain": True}
     assert rows[-2].raee == FULL_DEPTH.raee  # which alone keeps so much
     assert len({row.name for row in rows}) == len(rows)
 
@@ -119,7 +119,7 @@ def test_full_depth_that_says_nothing_leaves_nothing_to_keep():
 
 
 def test_table_and_picture(tmp_path):
-    rows = rows_of([2, 3], {0.9: quality_choice(0.9)})
+    rows = rows_of([2, 3], {0.9: Choice(24, 0.9)})
     turns = [turn(row.name, 0, REFERENCES) for row in rows]
     found = {"m": {"xsum_chat": results(rows, turns, REFERENCES)}}
     table = as_markdown(found)

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.table_exits import main, table_exits
 from raee_serve.errors import TaskError
-from raee_serve.table.schema import RuleChoice
-from raee_serve.table.store import ExitTable
-from tests.unit.table_rows import entry, label_rows, metadata, unit_vectors
+from raee_serve.exits.choice import Choice
+from tests.unit.exit_tables import new_table, put_labels
+from tests.unit.table_rows import entry
 
 pytestmark = pytest.mark.unit
 
@@ -16,19 +16,17 @@ N = 20
 
 
 @pytest.fixture
-def table(tmp_path):
+def table(uri):
     """All rows of sst2 are right at the third of four layers, and surer at the last."""
-    table = ExitTable.open_or_create(str(tmp_path / "table"), metadata())
-    table.put_task(entry("sst2"))
-    rows = label_rows([f"a{i}" for i in range(N)], unit_vectors(N), [[0.1, 0.1, 0.8, 0.9]] * N)
-    table.add("sst2", rows)
+    table = new_table(uri)
+    put_labels(table, "sst2", [[0.1, 0.1, 0.8, 0.9]] * N)
     table.put_task(entry("cr"))  # no rows
     return table
 
 
-@pytest.mark.parametrize(("fraction", "layer"), [(0.85, 3), (0.95, 4)])
-def test_exits_are_those_of_the_stored_choice(table, fraction, layer):
-    table.put_choices({"sst2": RuleChoice("earliest", 5, fraction, 1.0)})
+@pytest.mark.parametrize(("budget", "layer"), [(0.85, 3), (0.95, 4)])
+def test_exits_are_those_of_the_stored_choice(table, budget, layer):
+    table.put_choices({"sst2": Choice(5, budget)})
     shares = table_exits(table.uri, "sst2")
     assert shares == [float(d == layer) for d in range(1, 5)]
 

@@ -1,6 +1,4 @@
-"""Tasks: rendering and matching are inverse, labels have distinct first tokens, data is checked."""
-
-import json
+"""Tasks: rendering and matching are inverse, labels and versions, and where tasks are found."""
 
 import pytest
 from hypothesis import given
@@ -8,23 +6,22 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from raee_serve.errors import TaskError
-from raee_serve.table.datasets import (
-    DemoSet,
-    Example,
-    HubSet,
-    LocalSet,
-    load_examples,
-    shortened,
+from raee_serve.table.prompts import (
+    ChatPrompt,
+    CompletionPrompt,
+    chat_prompt,
+    described_prompt,
+    prompt_of,
 )
-from raee_serve.table.prompts import ChatPrompt, CompletionPrompt
 from raee_serve.table.task import Task, answer_token_ids, prompt_token_ids
-from raee_serve.table.tasks import TASKS, get_task
+from raee_serve.table.tasks import TASKS, get_task, get_tasks
 
 pytestmark = pytest.mark.unit
 
-WORDS = Task("words", CompletionPrompt("{text} It was"), ("bad", "good"), LocalSet("words"))
+WORDS = Task("words", CompletionPrompt("{text} It was"), ("bad", "good"))
 CHAT = Task("chat", ChatPrompt("Good or bad? {text}!"), ("bad", "good"))
-FREE = Task("free", CompletionPrompt("{text}\nTL;DR:"), local=LocalSet("f", "document", "summary"))
+TURNS = (("system", "Be brief."), ("user", "Fine?"), ("assistant", "good"), ("user", "{text}?"))
+CONVERSATION = Task("turns", chat_prompt(TURNS), ("bad", "good"))
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -93,16 +90,86 @@ def test_other_conversations_do_not_match_a_chat_task(messages):
     assert CHAT.match(messages) is None
 
 
+def test_a_conversation_matches_as_a_whole():
+    sent = CONVERSATION.render("a film")
+    assert [message["role"] for message in sent] == ["system", "user", "assistant", "user"]
+    assert CONVERSATION.match(sent) == "a film"
+    parts = [{"type": "text", "text": "a film?"}]
+    assert CONVERSATION.match([*sent[:3], {"role": "user", "content": parts}]) == "a film"
+    others = [
+        sent[1:],
+        sent[:3],
+        [*sent, sent[3]],
+        [{"role": "system", "content": "Be long."}, *sent[1:]],
+        [*sent[:2], {"role": "assistant", "content": "bad"}, sent[3]],
+        [*sent[:2], {"role": "user", "content": "good"}, sent[3]],
+        [*sent[:2], {"role": "assistant", "content": None}, sent[3]],
+        [*sent[:3], {"role": "user", "content": "?"}],
+    ]
+    assert [CONVERSATION.match(other) for other in others] == [None] * len(others)
+
+
+def test_the_slot_may_be_in_an_earlier_message():
+    prompt = chat_prompt([("user", "Read {text}."), ("assistant", "ok"), ("user", "Good?")])
+    assert prompt.match(prompt.render("it")) == "it"
+    assert prompt.match([{"role": "system", "content": "x"}, *prompt.render("it")]) == "it"
+
+
+@pytest.mark.parametrize("prompt", [WORDS.prompt, CHAT.prompt, CONVERSATION.prompt])
+def test_described_prompts_come_back(prompt):
+    assert prompt_of(*described_prompt(prompt)) == prompt
+
+
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [("spoken", "{text}"), ("messages", "{text}"), ("messages", '[["user"]]'), ("messages", "[]")],
+)
+def test_other_descriptions_are_refused(kind, template):
+    with pytest.raises(TaskError, match="prompt"):
+        prompt_of(kind, template)
+
+
 @pytest.mark.parametrize("template", ["no slot", "{text} and {text}"])
 def test_template_needs_exactly_one_slot(template):
     with pytest.raises(TaskError, match="exactly once"):
         CompletionPrompt(template)
+    with pytest.raises(TaskError, match="exactly once"):
+        ChatPrompt(template)
 
 
-@pytest.mark.parametrize("words", [("good",), ("good", "good")])
-def test_label_words_must_be_several_and_different(words):
-    with pytest.raises(TaskError, match="two or more different"):
-        Task("t", CompletionPrompt("{text}"), words)
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "last message .* role user"),
+        ([("user", "{text}"), ("assistant", "x")], "last message .* role user"),
+        ([("user", "{text}"), ("system", "x"), ("user", "x")], "'system' of message 2"),
+        ([("tool", "x"), ("user", "{text}")], "'tool' of message 1 .* allowed: system for the"),
+        ([("system", "{text}"), ("user", "{text}")], "exactly once"),
+    ],
+)
+def test_other_messages_make_no_prompt(messages, message):
+    with pytest.raises(TaskError, match=message):
+        chat_prompt(messages)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("good",), "two or more different"),
+        (("good", "good"), "two or more different"),
+        (("good", ""), "label '' is not allowed"),
+        (("good", " bad"), "label ' bad' is not allowed: blank, or with space around it"),
+    ],
+)
+def test_labels_must_be_several_and_different(labels, message):
+    with pytest.raises(TaskError, match=message):
+        Task("t", CompletionPrompt("{text}"), labels)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "-a", "é", "x" * 65, "a\n"])
+def test_names_that_are_not_allowed(name):
+    with pytest.raises(TaskError, match="64 at most"):
+        Task(name, CompletionPrompt("{text}"))
 
 
 def test_version_follows_template_and_labels_only():
@@ -112,8 +179,24 @@ def test_version_follows_template_and_labels_only():
         Task("t", CompletionPrompt("{text} It is"), ("bad", "good")),
         Task("t", CompletionPrompt("{text} It was"), ("good", "bad")),
         Task("t", ChatPrompt("{text} It was"), ("bad", "good")),
+        Task("t", ChatPrompt("{text} It was", (("system", "Be brief."),)), ("bad", "good")),
     ]
-    assert len({task.version for task in [WORDS, *others]}) == 4
+    assert len({task.version for task in [WORDS, *others]}) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("sst2", "3d38f02493b4"),
+        ("trec", "7c8069ab4f80"),
+        ("cnndm_shots", "c7622183b09d"),
+        ("xsum_shots", "8d2ad099eb3f"),
+        ("xsum_chat", "deb276c1bc6c"),
+        ("demo_chat_sentiment", "c42502dd3c80"),
+    ],
+)
+def test_versions_of_shipped_tasks_bind_the_tables_there_are(name, version):
+    assert get_task(name).version == version
 
 
 def test_label_texts_continue_the_prompt():
@@ -148,19 +231,18 @@ def test_chat_prompt_needs_a_chat_template():
         prompt_token_ids(tokenizer, CHAT.render("x"))
 
 
-def test_labels_must_differ_in_their_first_token():
-    assert CHAT.label_token_ids(CharTokenizer()) == (ord("b"), ord("g"))
-    with pytest.raises(TaskError, match="do not differ in their first"):
-        WORDS.label_token_ids(CharTokenizer())  # both begin with the space
+def test_plain_token_ids_are_first_tokens_that_differ():
+    assert CHAT.plain_token_ids(CharTokenizer()) == (ord("b"), ord("g"))
+    assert WORDS.plain_token_ids(CharTokenizer()) == ()  # both begin with the space
 
 
 @pytest.mark.parametrize("backbone", ["smollm2", "gemma3"])
-def test_every_tasks_labels_differ_under_real_tokenizers(backbone, request):
+def test_shipped_labels_differ_in_their_first_token(backbone, request):
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(backbone))
     for task in TASKS.values():
         if isinstance(task.prompt, ChatPrompt) and not tokenizer.chat_template:
             continue
-        ids = task.label_token_ids(tokenizer)
+        ids = task.plain_token_ids(tokenizer)
         for text, token in zip(task.label_texts(), ids, strict=True):
             assert text.startswith(tokenizer.decode([token]))
 
@@ -174,72 +256,32 @@ def test_answer_must_not_change_the_prompts_tokens():
         answer_token_ids(WholeTextTokenizer(), "It was", " good")
 
 
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
-
-
-def test_local_examples(tmp_path):
-    rows = [{"text": " fine\u2028film ", "label": 1}, {"text": "  ", "label": 0}, ""]
-    write_jsonl(tmp_path / "words" / "train.jsonl", rows)
-    assert load_examples(WORDS, "train", tmp_path) == [Example("fine\u2028film", 1)]
+def test_tasks_are_found_by_name_or_file(tmp_path, monkeypatch):
+    (tmp_path / "own.toml").write_text('name = "own"\nprompt = "{text}"')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("own.toml", "./own.toml", "~/own.toml", str(tmp_path / "own.toml")):
+        assert get_task(name).name == "own"
+    assert [task.name for task in get_tasks(["cr", "own.toml", "cr"])] == ["cr", "own"]
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("name", "message"),
     [
-        ("{", r"train.jsonl:1: not JSON"),
-        ("[]", r"train.jsonl:1: expected an object, got list"),
-        ({"text": "x"}, r"no field \['label'\]; it has \['text'\]"),
-        ({"text": 3, "label": 0}, r"field text is not a string: 3"),
-        ({"text": "x", "label": 2}, r"label 2 of task words is not an index within 0..1"),
-        ({"text": "x", "label": -1}, r"label -1"),
-        ({"text": "x", "label": True}, r"label True"),
-        ({"text": "x", "label": "good"}, r"label 'good'"),
+        ("", r"unknown task ''; allowed: a task file \(\.toml\), or one of ag_news"),
+        ("missing.toml", r"cannot read missing\.toml: No such file"),
+        ("./cr", r"cannot read cr: No such file"),
+        (".", "unknown task"),
+        ("./", r"is a directory; a file is needed"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, message):
-    write_jsonl(tmp_path / "words" / "train.jsonl", [row])
+def test_tasks_that_are_not_there(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(TaskError, match=message):
-        load_examples(WORDS, "train", tmp_path)
+        get_task(name)
 
 
-def test_empty_reference_is_refused(tmp_path):
-    write_jsonl(tmp_path / "f" / "train.jsonl", [{"document": "x", "summary": " "}])
-    with pytest.raises(TaskError, match="non-empty"):
-        load_examples(FREE, "train", tmp_path)
-
-
-def test_missing_file_and_missing_root(tmp_path):
-    with pytest.raises(TaskError, match=r"words/test\.jsonl"):
-        load_examples(WORDS, "test", tmp_path)
-    with pytest.raises(TaskError, match="needs a data directory"):
-        load_examples(WORDS, "test")
-    with pytest.raises(TaskError, match="no hub data set"):
-        load_examples(WORDS, "test", "hub")
-
-
-def test_hub_labels_are_mapped_to_the_order_of_the_label_words(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    write_jsonl(tmp_path / "set" / "train.jsonl", [{"sentence": "fine", "name": "pos"}])
-    source = HubSet(str(tmp_path / "set"), None, "sentence", "name", labels=("neg", "pos"))
-    task = Task("t", WORDS.prompt, WORDS.label_words, hub=source)
-    assert load_examples(task, "train", "hub") == [Example("fine", 1)]
-    with pytest.raises(TaskError, match=r"cannot load hub data set .*set \(test\)"):
-        load_examples(task, "test", "hub")
-
-
-def test_demo_sets_ship_with_the_package():
-    tasks = [t for t in TASKS.values() if isinstance(t.demo, DemoSet)]
-    assert len(tasks) == 3
-    for task in tasks:
-        for split in ("train", "test"):
-            assert len(load_examples(task, split)) >= 8
-
-
-def test_texts_are_cut_to_their_first_words_and_short_ones_left_alone():
-    whole = [Example("rain  fell all\nday", "wet"), Example("no  rain", "dry")]
-    assert shortened(whole, None) == whole
-    assert shortened(whole, 3) == [Example("rain fell all", "wet"), whole[1]]
-    with pytest.raises(TaskError, match="--words 0 is not allowed"):
-        shortened(whole, 0)
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    (tmp_path / "own.toml").write_text('name = "cr"\nprompt = "{text}"')
+    with pytest.raises(TaskError, match=r"task cr is given twice, the second time as .*own.toml"):
+        get_tasks(["cr", str(tmp_path / "own.toml")])

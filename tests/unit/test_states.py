@@ -1,0 +1,93 @@
+"""States beside the rows: each row's own come back, in whatever order they are asked for."""
+
+import lancedb
+import numpy as np
+import pytest
+
+from raee_serve.errors import TableError
+from raee_serve.table import states as states_module
+from raee_serve.table.states import STATES, StateStore
+
+pytestmark = pytest.mark.unit
+
+LAYERS, HIDDEN = 3, 5
+
+
+@pytest.fixture
+def database(uri):
+    return lancedb.connect(uri)
+
+
+@pytest.fixture
+def store(database):
+    return StateStore(database)
+
+
+def states_of(*ids):
+    """[n, LAYERS, HIDDEN], different ones for every id."""
+    parts = [np.arange(LAYERS * HIDDEN).reshape(LAYERS, HIDDEN) + 100 * int(i) for i in ids]
+    return np.stack(parts).astype(np.float16)
+
+
+def test_states_come_back_by_layer_in_the_order_asked_for(store):
+    store.add("sst2/x/1", ["1", "2", "3"], states_of(1, 2, 3))
+    store.add("sst2/x/1", ["4"], states_of(4))
+    found = store.read("sst2/x/1", ["4", "2", "1", "3"])
+    assert found.shape == (LAYERS, 4, HIDDEN) and found.dtype == np.float16
+    np.testing.assert_array_equal(found, states_of(4, 2, 1, 3).transpose(1, 0, 2))
+    np.testing.assert_array_equal(store.read("sst2/x/1", ["3"])[:, 0], states_of(3)[0])
+
+
+def test_many_batches(store, monkeypatch):
+    monkeypatch.setattr(states_module, "AT_ONCE", 7)
+    ids = [str(n) for n in range(50)]
+    for first in range(0, 50, 20):
+        own = ids[first : first + 20]
+        store.add("s/x/1", own, states_of(*own))
+    order = np.random.default_rng(0).permutation(50)
+    wanted = [ids[i] for i in order]
+    np.testing.assert_array_equal(
+        store.read("s/x/1", wanted), states_of(*wanted).transpose(1, 0, 2)
+    )
+
+
+def test_states_of_one_row_may_be_there_twice(store):
+    """Two builders, or one that was killed before its rows were in."""
+    for _ in range(2):
+        store.add("s/x/1", ["1", "2"], states_of(1, 2))
+    store.add("s/x/1", ["2", "3"], states_of(2, 3))
+    found = store.read("s/x/1", ["1", "2", "3"])
+    np.testing.assert_array_equal(found, states_of(1, 2, 3).transpose(1, 0, 2))
+
+
+def test_shelves_do_not_mix(store):
+    store.add("sst2/x/1", ["1"], states_of(1))
+    store.add("sst2/x/2", ["1", "2"], states_of(5, 6))
+    np.testing.assert_array_equal(store.read("sst2/x/1", ["1"])[:, 0], states_of(1)[0])
+    with pytest.raises(TableError, match="states of 1 of 2 rows are gone"):
+        store.read("sst2/x/1", ["1", "2"])
+
+
+def test_what_is_not_there_is_counted_and_the_remedy_named(store):
+    with pytest.raises(TableError, match=r"states of 2 of 2 rows are gone.*build --replace"):
+        store.read("s/x/1", ["1", "2"])
+    store.add("s/x/1", ["1"], states_of(1))
+    with pytest.raises(TableError, match="states of 2 of 3 rows are gone"):
+        store.read("s/x/1", ["7", "1", "8"])
+
+
+def test_many_states_lie_in_a_file(store, monkeypatch, tmp_path):
+    ids = [str(n) for n in range(20)]
+    store.add("s/x/1", ids, states_of(*ids))
+    in_memory = store.read("s/x/1", ids)
+    assert not isinstance(in_memory, np.memmap)
+    monkeypatch.setattr(states_module, "IN_MEMORY_BYTES", in_memory.nbytes - 1)
+    monkeypatch.setattr(states_module.tempfile, "tempdir", str(tmp_path))
+    found = store.read("s/x/1", ids)
+    assert isinstance(found, np.memmap)
+    np.testing.assert_array_equal(found, in_memory)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("raee")] == []
+
+
+def shelves(database):
+    return set(database.open_table(STATES).search().select(["shelf"]).to_arrow()["shelf"].to_pylist())
