@@ -11,10 +11,8 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--prompt", default="A film that I could watch again tomorrow. It was")
     parser.add_argument("--task", default="demo_sentiment", help="a task of the server's table")
-    parser.add_argument(
-        "--rule", default="stacked", help="or fused, calibrated, earliest, published"
-    )
-    parser.add_argument("-k", type=int, default=12, help="neighbours to decide by")
+    parser.add_argument("--head", help="what answers a label task: probe or plain")
+    parser.add_argument("--budget", type=float, help="share of the best exit's quality to keep")
     parser.add_argument(
         "depths", nargs="*", type=depth, default=[6, 12, "full", "auto"], help="exit layers"
     )
@@ -22,7 +20,8 @@ def main() -> None:
     client, model = connect(args)
 
     for exit_layer in args.depths:
-        raee = {"exit_layer": exit_layer, "task": args.task, "k": args.k, "rule": args.rule}
+        raee = {"exit_layer": exit_layer, "task": args.task}
+        raee |= {"head": args.head, "budget": args.budget}
         response = client.completions.with_raw_response.create(
             model=model, prompt=args.prompt, temperature=0, extra_body={"raee": raee}
         )

@@ -103,13 +103,13 @@ def evaluate(
     budgets: Sequence[float],
 ) -> Iterator[Evaluated]:
     """The answers to each task, in order."""
-    assert settings.table is not None
+    assert settings.table
     table = ExitTable.open(settings.table)
     checkpoint = local_checkpoint(model)
     backbone = identify_backbone(checkpoint)
     shortcuts = stored_shortcuts(settings.table, settings.shortcuts_file, backbone)
-    threads = torch.get_num_threads()
-    encoder = Remembering(Encoder(settings.encoder or table.metadata.encoder.name, threads))
+    name = settings.encoder or table.metadata.encoder.name
+    encoder = Remembering(Encoder(name, torch.get_num_threads()))
     retriever = ExitRetriever.open(
         settings.table,
         backbone=backbone,
@@ -236,7 +236,8 @@ def _free_text(
         decisions = asked.decisions(budget=budget)
         exits = [(EXIT_HEADS.index(d.head), d.exit_layer - 1) for d in decisions]
         gained = quality[rows, *np.array(exits).T]
-        return _decided(gained, float(gained.mean() / full.mean()), decisions)
+        kept = float(gained.mean() / full.mean()) if full.any() else 0.0
+        return _decided(gained, kept, decisions)
 
     found = {budget: ours(budget) for budget in budgets}
     without = dict.fromkeys(BASELINES) | {"full": Answers(full, 1.0, 1.0)}

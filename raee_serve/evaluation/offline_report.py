@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +25,10 @@ def as_table(results: Sequence[Evaluated]) -> str:
     """Scores by task, their means, the mean depths; then the verdicts."""
     rows = [["", *(result.task.name for result in results), "mean", "depth"]]
     for budget in results[0].budgets:
-        rows += _lines(f"budget {budget:g}", [result.budgets[budget] for result in results])
-    rows += _lines("published", [result.published for result in results])
+        rows += _lines(f"budget {budget:g}", results, lambda own, b=budget: own.budgets[b])
+    rows += _lines("published", results, lambda own: own.published)
     for name in BASELINES:
-        ways = [result.baselines[name] for result in results]
-        rows += _lines(name, ways, has_depths=name == "best_fixed_layer")
+        rows += _lines(name, results, lambda own, name=name: own.baselines[name])
     return "\n".join([aligned(rows), "", *_verdicts(results)])
 
 
@@ -132,17 +131,17 @@ def _interval(found: Comparison) -> str:
 
 
 def _lines(
-    name: str, ways: Sequence[Answers | None], *, has_depths: bool = True
+    name: str, results: Sequence[Evaluated], of: Callable[[Evaluated], Answers | None]
 ) -> list[list[str]]:
-    """The scores of one way by task, and the depths where they differ between tasks."""
+    """The scores of one way by task, and its depths where they are chosen."""
+    ways, mean = [of(result) for result in results], _way([*map(of, _averaged(results))])
+    scores, depths = ([way and getattr(way, what) for way in ways] for what in ("score", "depth"))
     if not any(ways):
         return []
-    mean = _way(ways)
-    scores = [way and way.score for way in ways]
     lines = [[name, *map(_cell, [*scores, mean["accuracy"]]), _cell(mean["depth"])]]
-    if has_depths:
-        lines.append(["  depth", *map(_cell, [way and way.depth for way in ways]), "", ""])
-    return lines
+    if {0.0, 1.0, None}.issuperset(depths):
+        return lines
+    return [*lines, ["  depth", *map(_cell, depths), "", ""]]
 
 
 def _cell(value: float | None) -> str:

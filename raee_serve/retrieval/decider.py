@@ -132,7 +132,8 @@ class ExitDecider:
             if self.never_exits(lookup):  # others of these are not looked up
                 return ExitDecision.full(self.num_layers, Reason.NO_EXIT, **about)
         if lookup.exit_layer is not None:
-            return self._exit(reading, lookup.exit_layer, "probe", Reason.OVERRIDE, about)
+            own: ExitHead = "plain" if reading.index.fit is None else "probe"
+            return self._exit(reading, lookup.exit_layer, own, Reason.OVERRIDE, about)
         if self._is_far(reading, lookup.candidates, found):
             return ExitDecision.full(self.num_layers, Reason.FAR, **about)
         layer, head, wanted = self._chosen(reading, lookup.min_layer - 1)

@@ -56,21 +56,6 @@ class Plan:
         return replace(decision, exit_layer=layer, task=task, head="probe", probe=self.alone)
 
 
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """What a request asks for, of all its prompts.
-
-    heads: by label task the head that would answer; a task that cannot answer is not in it.
-    labels, alone: as in `Plan`. is_plain: prompts are rendered as the table's were.
-    """
-
-    options: RaeeOptions
-    heads: Mapping[str, ExitHead]
-    labels: Mapping[str, AllowedLabels]
-    alone: str | None
-    is_plain: bool
-
-
 @dataclass(frozen=True)
 class Admission:
     """The rules by which requests get their exit layers.
@@ -125,13 +110,10 @@ class Admission:
         return options
 
     def heads_of(self, task: str) -> tuple[ExitHead, ...]:
-        """The heads through which a task can leave, its own first."""
-        outputs = self.labels.get(task)
-        if outputs is None:
-            return ("plain", "shortcut") if self.shortcut_layers else ("plain",)
-        heads: list[ExitHead] = ["probe"] if outputs.is_fitted else []
-        heads += ["plain"] if outputs.plain_token_ids else []
-        return tuple(sorted(heads, key=lambda head: head != self.head))
+        """The heads through which a task can leave, of a label task its own first."""
+        if task in self.labels:
+            return self.labels[task].heads(self.head)
+        return ("plain", "shortcut") if self.shortcut_layers else ("plain",)
 
     def check_heads(self) -> None:
         """Raises RaeeError for a `head` that is not every label task's."""
@@ -165,23 +147,13 @@ class Admission:
         if self.fixed_layer is not None:
             layer = options.exit_layer or self.fixed_layer
             return Plan((self._override(layer, options),) * len(prompts), body)
-        vanilla = self._vanilla(body)
-        heads = self._heads(options, is_probe_allowed=not (vanilla or scores_prompt(body)))
-        body, alone = self._one_label(body, options.task, heads)
+        vanilla, is_plain = self._vanilla(body), is_rendered_plainly(kind, body)
+        plan = self._labelled(options, body, may_probe=vanilla is None)
         if vanilla and options.exit_layer is None:
-            return Plan((self._full(vanilla, options.task),) * len(prompts), body)
-        limit, is_plain = OutputLimit.of(body), is_rendered_plainly(kind, body)
-        labels = self._allowed(options.task, limit, heads) if alone or limit.is_set else {}
-        wish = _Wish(options, heads, labels, alone, is_plain)
-        return Plan(
-            tuple(self._entry(wish, prompt) for prompt in prompts),
-            body,
-            labels,
-            is_choice=bool(limit.spellings),
-            probe_set=self.probe_set,
-            alone=alone,
-            is_greedy=body.get("temperature") is None,
-        )
+            entry = self._full(vanilla, options.task)
+            return Plan((entry,) * len(prompts), plan.body)
+        entries = (self._entry(plan, options, prompt, is_plain) for prompt in prompts)
+        return replace(plan, entries=tuple(entries))
 
     def _check_head(self, options: RaeeOptions) -> None:
         """Raises OptionError for a head that the named task does not have."""
@@ -208,50 +180,49 @@ class Admission:
             return False
         return bool(model) and model not in self.served_names
 
-    def _heads(self, options: RaeeOptions, *, is_probe_allowed: bool) -> dict[str, ExitHead]:
-        """See `_Wish`. Behind a shortcut labels are the LM head's matter, as they are without."""
-        heads: dict[str, ExitHead] = {}
-        for name, outputs in self.labels.items():
-            wanted = options.head or next(iter(self.heads_of(name)), None)
-            if wanted == "probe":
-                if outputs.is_fitted and is_probe_allowed:
-                    heads[name] = "probe"
-            elif outputs.plain_token_ids:
-                heads[name] = "plain"
-        return heads
-
-    def _one_label(
-        self, body: dict[str, Any], task: str | None, heads: Mapping[str, ExitHead]
-    ) -> tuple[dict[str, Any], str | None]:
-        """A body whose answer is one label of the named task, if it is a label task, and the probe
-        that answers without a look-up (`Plan.alone`)."""
-        outputs = self.labels.get(task) if task else None
-        if outputs is None:
-            return body, None
-        limit = OutputLimit.of(body)
-        if heads.get(task or "") == "probe":
-            fits = outputs.under(limit) is not None
-            return (one_answer(body), f"{task}/{ALONE}") if fits else (body, None)
-        if limit.is_set or scores_prompt(body):
-            return body, None
-        return outputs.impose(body), None
+    def _labelled(self, options: RaeeOptions, body: dict[str, Any], *, may_probe: bool) -> Plan:
+        """What label tasks may answer to a body, and the body that sees to it; no entries yet."""
+        limit, is_scored, name = OutputLimit.of(body), scores_prompt(body), options.task
+        named = self.labels.get(name) if name else None
+        names = [name] if name else list(self.labels) if limit.is_set else []
+        found = {
+            task: self._allowed(self.labels[task], options, limit, may_probe and not is_scored)
+            for task in names
+            if task in self.labels
+        }
+        labels = {task: allowed for task, allowed in found.items() if allowed is not None}
+        alone = None
+        if named and name in labels and labels[name].head == "probe":
+            body, alone = one_answer(body), f"{name}/{ALONE}"
+        elif named and is_scored and not limit.is_set:
+            labels = {}
+        elif named and not limit.is_set:
+            body = named.impose(body)
+            limit = OutputLimit.of(body)
+        is_greedy = body.get("temperature") is None
+        return Plan((), body, labels, bool(limit.spellings), self.probe_set, alone, is_greedy)
 
     def _allowed(
-        self, task: str | None, limit: OutputLimit, heads: Mapping[str, ExitHead]
-    ) -> dict[str, AllowedLabels]:
-        """What `limit` lets label tasks answer, of the named one or of all."""
-        names = [name for name in heads if task in (None, name)]
-        allowed = {name: self.labels[name].under(limit) for name in names}
-        return {name: labels for name, labels in allowed.items() if labels is not None}
+        self, outputs: LabelOutputs, options: RaeeOptions, limit: OutputLimit, may_probe: bool
+    ) -> AllowedLabels | None:
+        """What a task may answer under a limit. Behind a shortcut labels are the LM head's matter,
+        as they are without one."""
+        head = options.head or next(iter(outputs.heads(self.head)), "plain")
+        if head == "probe":
+            return outputs.under(limit, "probe") if may_probe and outputs.is_fitted else None
+        return outputs.under(limit, "plain") if outputs.plain_token_ids else None
 
-    def _entry(self, wish: _Wish, prompt: TextPrompt) -> ExitDecision | Lookup:
-        options = wish.options
+    def _entry(
+        self, plan: Plan, options: RaeeOptions, prompt: TextPrompt, is_plain: bool
+    ) -> ExitDecision | Lookup:
+        """is_plain: the prompt is rendered as the table's prompts were."""
         matches = self._named(options.task, prompt) if options.task else {}
-        if not options.task and wish.is_plain and prompt is not None:
+        if not options.task and is_plain and prompt is not None:
             matches = self._matching(prompt)
-        candidates = self._candidates(list(matches), wish)
-        by_probe = bool(candidates) and wish.heads.get(candidates[0]) == "probe"
-        if options.exit_layer is not None and not (by_probe or wish.alone):
+        candidates = self._candidates(list(matches), plan.labels)
+        labels = plan.labels.get(candidates[0]) if candidates else None
+        by_probe = labels is not None and labels.head == "probe"
+        if options.exit_layer is not None and not (by_probe or plan.alone):
             return self._override(options.exit_layer, options)
         if not matches:
             return self._full(Reason.UNMATCHED, options.task)
@@ -261,14 +232,9 @@ class Admission:
         key = matches[candidates[0]]
         if not is_text(key):
             return self._full(Reason.ERROR, options.task)
-        same = tuple(name for name in candidates if matches[name] == key)
-        return self._lookup(wish, same, key)
-
-    def _lookup(self, wish: _Wish, candidates: tuple[str, ...], key: str) -> Lookup:
-        options = wish.options
-        head = wish.heads.get(candidates[0], options.head)
+        head = options.head if labels is None else labels.head
         return Lookup(
-            candidates=candidates,
+            candidates=tuple(name for name in candidates if matches[name] == key),
             key_text=key,
             k=options.k or self.k,
             head="plain" if head == "plain" else None,
@@ -301,23 +267,19 @@ class Admission:
         """Tasks whose template the prompt was rendered from, with the text that fills it."""
         return {name: key for name, task in self.tasks.items() if (key := task.match(prompt))}
 
-    def _candidates(self, names: Sequence[str], wish: _Wish) -> list[str]:
+    def _candidates(self, names: Sequence[str], labels: Mapping[str, AllowedLabels]) -> list[str]:
         """The tasks to search together: free text, or labels that the output is limited to.
 
         Several tasks may share a template. Those whose labels are exactly the limit come first, and
         only tasks with the same labels and head are searched together, for only their rows' exit
         information can be compared.
         """
-        limited = [name for name in names if name in wish.labels]
+        limited = [name for name in names if name in labels]
         if not limited:
             return [name for name in names if name not in self.labels]
-        exact = [name for name in limited if None not in wish.labels[name].written]
-        first = (exact or limited)[0]
-
-        def kind(name: str) -> tuple[tuple[str, ...], ExitHead]:
-            return wish.labels[name].names, wish.heads[name]
-
-        return [name for name in limited if kind(name) == kind(first)]
+        exact = [name for name in limited if None not in labels[name].written]
+        first = labels[(exact or limited)[0]]
+        return [name for name in limited if labels[name].is_like(first)]
 
     def _full(self, reason: Reason, task: str | None) -> ExitDecision:
         return ExitDecision.full(self.num_layers, reason, task=task)

@@ -67,8 +67,8 @@ def _asked(gate: Gate, body: dict[str, Any]) -> _Asked:
     """The body, checked, with its texts in the task's template. Raises RequestError."""
     allowed = (*OPTIONS, "input")
     if unknown := [field for field in body if field not in allowed]:
-        name = shown(unknown[0])
-        raise RequestError(name[1:-1], f"there is no field {name}; allowed: {', '.join(allowed)}")
+        field = shown(unknown[0])
+        raise RequestError(field[1:-1], f"there is no field {field}; allowed: {', '.join(allowed)}")
     name, labels = body.get("task"), gate.admission.labels
     if not isinstance(name, str) or not (name in labels and gate.admission.heads_of(name)):
         raise RequestError(

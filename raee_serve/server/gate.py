@@ -83,7 +83,7 @@ class Admitted:
         return replace(run, comparison=Comparison(other, decision.task or "-"), guard=guard)
 
     def _depth(self, decision: ExitDecision, wants_labels: bool) -> PromptDepth:
-        labels, first_tokens = self.plan.labels.get(decision.task or ""), ()
+        labels = self.plan.labels.get(decision.task or "")
         if decision.probe is not None:
             assert labels is not None
             answer = LabelAnswer(
@@ -96,8 +96,8 @@ class Admitted:
             )
             return PromptDepth(decision.exit_layer, decision.head, answer)
         is_early = decision.reason is Reason.RETRIEVED and not decision.is_full
-        if is_early and labels is not None and self.plan.is_choice:
-            first_tokens = labels.first_tokens
+        steered = labels if is_early and self.plan.is_choice else None
+        first_tokens = () if steered is None else steered.first_tokens
         return PromptDepth(decision.exit_layer, decision.head, first_tokens=first_tokens)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from raee_serve.errors import BindingError, TaskError
+from raee_serve.records import ExitHead
 from raee_serve.table.task import Task, answer_token_ids, prompt_text
 
 MAX_BIAS = 100.0
@@ -64,15 +65,21 @@ class AllowedLabels:
 
     names: all labels of the task, in label order.
     written: each label as the request wants it written; None for a label that it excludes.
+    head: what tells which of them it is.
     """
 
     names: tuple[str, ...]
     written: tuple[Written | None, ...]
+    head: ExitHead
 
     @property
     def first_tokens(self) -> tuple[int, ...]:
         """The tokens that an answer may begin with, ascending."""
         return tuple(sorted({label.token_ids[0] for label in self.written if label is not None}))
+
+    def is_like(self, other: AllowedLabels) -> bool:
+        """Whether exits of both answer the same question."""
+        return (self.names, self.head) == (other.names, other.head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +124,19 @@ class LabelOutputs:
         spellings |= {label.text: (place, label) for place, label in enumerate(own)}
         return cls(task.labels, own, spellings, tuple(table_ids), is_fitted)
 
-    def under(self, limit: OutputLimit) -> AllowedLabels | None:
+    def heads(self, first: ExitHead | None = None) -> tuple[ExitHead, ...]:
+        """Those that can tell the labels, the task's own first unless another one is to be."""
+        heads: list[ExitHead] = ["probe"] if self.is_fitted else []
+        heads += ["plain"] if self.plain_token_ids else []
+        return tuple(sorted(heads, key=lambda head: head != first))
+
+    def under(self, limit: OutputLimit, head: ExitHead) -> AllowedLabels | None:
         """The labels that `limit` allows, written as it asks; None where it allows anything else.
 
         A label that may be written in several ways is written as it is without a limit.
         """
         if not limit.is_set:
-            return AllowedLabels(self.names, self.own)
+            return AllowedLabels(self.names, self.own, head)
         if bool(limit.spellings) == bool(limit.token_ids):  # neither is there, or both are
             return None
         texts = set(limit.spellings)
@@ -134,7 +147,7 @@ class LabelOutputs:
             return None
         written = dict(self.spellings[text] for text in texts)
         written |= {n: label for n, label in enumerate(self.own) if label.text in texts}
-        return AllowedLabels(self.names, tuple(map(written.get, range(len(self.own)))))
+        return AllowedLabels(self.names, tuple(map(written.get, range(len(self.own)))), head)
 
     def impose(self, body: dict[str, Any]) -> dict[str, Any]:
         """A copy of an unlimited body that makes the LM head answer one of the labels."""

@@ -81,7 +81,7 @@ def plan_task(
         table.begin_replace(maker.entry)
     else:
         table.put_task(maker.entry)
-    known = table.row_ids(task.name)
+    known = table.complete_ids(task.name)
     by_id = {maker.id(example): example for example in examples}
     items = [maker.item(example) for id, example in by_id.items() if id not in known]
     batches = list(length_batches(items, batch_tokens))

@@ -143,7 +143,7 @@ def _texts(task: Task, args: Namespace) -> list[Example]:
     """All training examples, shuffled; says how many rows have no text."""
     loaded = load(task, "train", args.data)
     if loaded.blank:
-        print(f"{task.name}: {loaded.blank:,} rows without a text left out", flush=True)
+        print(f"{task.name}: rows left out for want of a text: {loaded.blank:,}", flush=True)
     return shuffled(loaded.examples, args.seed, args.words)
 
 

@@ -54,7 +54,7 @@ def choose(choices: Mapping[str, Choice], metadata: TableMetadata) -> Edit:
 
 def finish(entry: TaskEntry, built: Built, fit: TaskFit | None) -> Edit:
     """The rows on the entry's shelf are complete, and this is the fit to them."""
-    record = built_id(entry.name)
+    record = built_id(entry.shelf)
     return Edit(
         f"{entry.name}: {built.rows} rows, " + ("fitted" if fit else "no probes"),
         records={record: built_record(built, entry)},
@@ -71,6 +71,7 @@ def replace_rows(
     """
     others = f"{all_shelves(entry.name)} AND task != '{entry.shelf}'"
     gone = [others, f"task = '{RECORD}' AND id = '{choice_id(entry.name)}'"]
+    gone.append(f"{_all_built(entry.name)} AND id != '{built_id(entry.shelf)}'")
     if surplus:
         gone.append(f"task = '{entry.shelf}' AND id IN ({sql_list(sorted(surplus))})")
     finished = finish(entry, built, fit)
@@ -83,9 +84,9 @@ def replace_rows(
 
 
 def drop_task(name: str) -> Edit:
-    ids = sql_list([task_id(name), choice_id(name), built_id(name)])
-    records = f"task = '{RECORD}' AND id IN ({ids})"
-    return Edit(f"task {name} dropped", delete=f"{all_shelves(name)} OR ({records})")
+    records = f"task = '{RECORD}' AND id IN ({sql_list([task_id(name), choice_id(name)])})"
+    delete = f"{all_shelves(name)} OR ({records}) OR ({_all_built(name)})"
+    return Edit(f"task {name} dropped", delete=delete)
 
 
 def delete_rows(ids: Collection[str], metadata: TableMetadata) -> Edit:
@@ -107,6 +108,11 @@ def all_shelves(name: str) -> str:
     """Condition: a row of that task, seen or not."""
     # Task names hold no quotes, see `Task`.
     return f"(task = '{name}' OR starts_with(task, '{name}/'))"
+
+
+def _all_built(name: str) -> str:
+    """Condition: a record of what a build made of that task's rows, whichever they were."""
+    return f"task = '{RECORD}' AND starts_with(id, '{built_id(name)}/')"
 
 
 def sql_list(values: Sequence[str]) -> str:

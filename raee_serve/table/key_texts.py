@@ -21,6 +21,6 @@ def key_texts(task: Task, rows: TaskRows, data: str | None, words: int | None = 
     if missing := set(rows.ids) - known.keys():
         raise TaskError(
             f"{len(missing)} of {len(rows)} rows of task {task.name} are not in the training data "
-            f"(--data {data}); were they built with another --words, or other data?"
+            f"(--data {data}); were they built with another --words?"
         )
     return [known[own] for own in rows.ids]

@@ -37,8 +37,9 @@ def choice_id(name: str) -> str:
     return f"choice {name}"
 
 
-def built_id(name: str) -> str:
-    return f"built {name}"
+def built_id(shelf: str) -> str:
+    """By shelf: who is late with the fit to rows that were replaced spoils nothing."""
+    return f"built {shelf}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,8 @@ def metadata_of(records: Mapping[str, str]) -> TableMetadata:
         prefix = task_id("")
         entries = [_task_entry(json.loads(records[i])) for i in records if i.startswith(prefix)]
         tasks = {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
-        choices = _of_rows(records, tasks, choice_id, "choice")
-        built = _of_rows(records, tasks, built_id, "built")
+        choices = _of_rows(records, tasks, lambda entry: choice_id(entry.name), "choice")
+        built = _of_rows(records, tasks, lambda entry: built_id(entry.shelf), "built")
         return TableMetadata(
             BackboneIdentity(**binding["backbone"]),
             EncoderIdentity(**binding["encoder"]),
@@ -119,11 +120,11 @@ def metadata_of(records: Mapping[str, str]) -> TableMetadata:
 def _of_rows(
     records: Mapping[str, str],
     tasks: Mapping[str, TaskEntry],
-    id_of: Callable[[str], str],
+    id_of: Callable[[TaskEntry], str],
     key: str,
 ) -> dict[str, Any]:
     """By task: what the records of one kind say of the rows that are there."""
-    stored = {name: json.loads(records.get(id_of(name), "{}")) for name in tasks}
+    stored = {name: json.loads(records.get(id_of(own), "{}")) for name, own in tasks.items()}
     return {n: raw[key] for n, raw in stored.items() if raw.get("shelf") == tasks[n].shelf}
 
 

@@ -1,14 +1,14 @@
-"""The states that probes are fitted to, in a LanceDB table of their own beside the rows.
+"""The states that probes are fitted to, in LanceDB tables of their own beside the rows.
 
 A row's states follow from its text, its task and the backbone, all of which its id and shelf stand
 for: they never change, so they are only ever appended, and no version of the exit table has to
-hold them. Serving reads none.
+hold them. Each shelf has a table, which goes as a whole. Serving reads none.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raee_serve.errors import TableError
-from raee_serve.table.edits import on_shelves, sql_list
 
-STATES = "states"
+PREFIX = "states."
 IN_MEMORY_BYTES = 2**30
 """States of a task up to this size are held in memory while they are fitted to, in float16; more
 go to a scratch file: 10,000 rows of 32 layers of 4,096 are 2.6 GB."""
@@ -29,7 +28,7 @@ States = NDArray[np.float16]
 
 
 class StateStore:
-    """database: a LanceDB connection, whose `open_table` and `create_table` are used."""
+    """database: a LanceDB connection, of which tables are listed, opened, created and dropped."""
 
     def __init__(self, database: Any) -> None:
         self._database = database
@@ -40,7 +39,6 @@ class StateStore:
         schema = pa.schema(
             [
                 pa.field("id", pa.string(), nullable=False),
-                pa.field("shelf", pa.string(), nullable=False),
                 pa.field("layers", pa.int32(), nullable=False),
                 pa.field("states", pa.list_(pa.float16()), nullable=False),
             ]
@@ -50,20 +48,19 @@ class StateStore:
         rows = pa.Table.from_arrays(
             [
                 pa.array(list(ids)),
-                pa.array([shelf] * len(ids)),
                 pa.array(np.full(len(ids), states.shape[1], np.int32)),
                 pa.ListArray.from_arrays(offsets, flat),
             ],
             schema=schema,
         )
-        self._database.create_table(STATES, schema=schema, exist_ok=True).add(rows)
+        self._database.create_table(_name(shelf), schema=schema, exist_ok=True).add(rows)
 
     def read(self, shelf: str, ids: Sequence[str]) -> States:
         """Of these rows, in this order. Raises TableError if some are not there."""
         places = {row_id: place for place, row_id in enumerate(ids)}
         found: States | None = None
         seen = np.zeros(len(ids), bool)
-        for batch in self._batches(shelf):
+        for batch in self._batches(shelf, ["id", "layers", "states"]):
             layers = int(batch["layers"][0].as_py())
             own = [places.get(row_id, -1) for row_id in batch["id"].to_pylist()]
             here = np.array([place >= 0 for place in own])
@@ -77,24 +74,39 @@ class StateStore:
         if found is None or not seen.all():
             raise TableError(
                 f"the states of {int((~seen).sum())} of {len(ids)} rows are gone, so that no "
-                "probes can be fitted; build the task anew (build --replace)"
+                "probes can be fitted; build the task once more, which makes them again"
             )
         return found
 
-    def forget_others(self, shelves: Mapping[str, str] | Sequence[str]) -> None:
-        """Removes the states of all shelves but these."""
-        if self._exists():
-            condition = f"NOT ({on_shelves(list(shelves)).replace('task IN', 'shelf IN')})"
-            self._database.open_table(STATES).delete(condition)
+    def ids(self, shelf: str) -> set[str]:
+        """Of the rows whose states are there."""
+        return {own for batch in self._batches(shelf, ["id"]) for own in batch["id"].to_pylist()}
 
-    def _batches(self, shelf: str) -> Any:
-        if not self._exists():
-            return []
-        query = self._database.open_table(STATES).search().where(f"shelf = {sql_list([shelf])}")
-        return (b for b in query.select(["id", "layers", "states"]).to_batches(AT_ONCE) if len(b))
+    def shelves(self) -> set[str]:
+        """All that have states."""
+        return {_shelf(name) for name in self._tables()}
 
-    def _exists(self) -> bool:
-        return STATES in self._database.list_tables().tables
+    def forget(self, shelves: Iterable[str]) -> None:
+        """Removes the states of these shelves."""
+        for shelf in shelves:
+            self._database.drop_table(_name(shelf), ignore_missing=True)
+
+    def _batches(self, shelf: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        if _name(shelf) in self._tables():
+            query = self._database.open_table(_name(shelf)).search().select(columns)
+            yield from (batch for batch in query.to_batches(AT_ONCE) if len(batch))
+
+    def _tables(self) -> list[str]:
+        return [n for n in self._database.list_tables().tables if n.startswith(PREFIX)]
+
+
+def _name(shelf: str) -> str:
+    """Of its table. No part of a shelf's name holds a dot, and names of tables hold no slash."""
+    return PREFIX + shelf.replace("/", ".")
+
+
+def _shelf(name: str) -> str:
+    return name.removeprefix(PREFIX).replace(".", "/")
 
 
 def _space(layers: int, rows: int, hidden_size: int) -> States:

@@ -43,6 +43,7 @@ from raee_serve.table.versions import (
     compact,
     list_states,
     read_records,
+    seen_shelves,
 )
 
 EXITS = "exits"
@@ -185,7 +186,8 @@ class ExitTable:
         if built is None or built.no_fit or self.metadata.tasks[task].kind != "labels":
             return None
         with _naming(self.uri, f"fit of task {task}"):
-            record = f"task = '{RECORD}' AND id = {edits.sql_list([built_id(task)])}"
+            shelf = self.metadata.tasks[task].shelf
+            record = f"task = '{RECORD}' AND id = {edits.sql_list([built_id(shelf)])}"
             [found] = self._exits.search().where(record).select(["blob"]).to_list()
             return TaskFit.from_bytes(found["blob"])
 
@@ -250,11 +252,19 @@ class ExitTable:
         with _naming(self.uri, "cannot compact it"):
             patiently(self._exits, lambda: compact(self._exits, keep))
             self._read_metadata()
-            self._states.forget_others(self._shelves())
+            if unused := self._states.shelves() - self._shelves():
+                self._states.forget(unused - seen_shelves(self._database.open_table(EXITS)))
 
     def row_ids(self, task: str) -> set[str]:
         """Of the rows among which `add` puts new ones."""
         return self._ids(self.entry(task))
+
+    def complete_ids(self, task: str) -> set[str]:
+        """Of those among them that lack nothing: rows of a label task have states, too."""
+        entry = self.entry(task)
+        with _naming(self.uri, f"states of task {task}"):
+            stated = self._states.ids(entry.shelf) if entry.kind == "labels" else None
+        return self._ids(entry) if stated is None else self._ids(entry) & stated
 
     def count_rows(self) -> int:
         return int(self._exits.count_rows(edits.rows_of(self.metadata)))
@@ -340,10 +350,10 @@ class ExitTable:
         query = self._exits.search().where(edits.on_shelves([entry.shelf]))
         return query.select(columns) if columns else query
 
-    def _shelves(self) -> list[str]:
+    def _shelves(self) -> set[str]:
         """All that have rows, seen or not."""
         query = self._exits.search().select(["task"])
-        return sorted(set(query.to_arrow()["task"].to_pylist()))
+        return set(query.to_arrow()["task"].to_pylist())
 
     def _read_metadata(self) -> None:
         records = read_records(self._exits)

@@ -154,36 +154,43 @@ def encoder_window(name: str, texts: Sequence[str]) -> dict[str, int | None]:
     return {"window": int(window), "longer": sum(length > window for length in lengths)}
 
 
-def advise(report: Report) -> None:
-    """What to change, in the order in which it matters."""
-    say = report.advice.append
+def judge_heads(report: Report) -> None:
+    """Whether anything could answer: probes, or the plain head."""
     if report.kind == "labels" and report.no_probes and report.plain_head is False:
         report.faults.append(
             f"nothing could answer: no probes, because {report.no_probes}, and the plain head "
             "needs labels that differ in their first token"
         )
     elif report.no_probes and report.plain_head:
-        say(f"the plain head alone will answer: no probes, because {report.no_probes}")
+        report.advice.append(
+            f"the plain head alone will answer: no probes, because {report.no_probes}"
+        )
+
+
+def advise(report: Report) -> None:
+    """What to change, in the order in which it matters."""
+    say = report.advice.append
+    judge_heads(report)
     if isinstance(report.prompt, str) and report.prompt.endswith(" "):
         say("the prompt ends in a space, with which answers begin already; take it away")
     if report.few:
-        say(f"{len(report.few)} labels have fewer than {FEW} rows: {listed(report.few)}; add rows")
+        say(f"labels with fewer than {FEW} rows, add some: {listed(report.few)}")
     if report.contradicting:
-        say(f"{report.contradicting} texts have more than one label; keep one of them")
+        say(f"texts with more than one label, keep one of them: {report.contradicting:,}")
     if report.in_both:
-        say(f"{report.in_both} training texts are test texts too; take them out of one side")
+        say(f"training texts that are test texts too, take them out: {report.in_both:,}")
     if report.test_rows is None:
         say("[data] names no test rows, which eval needs; add test = 0.1")
     if report.encoder["longer"]:
         say(
-            f"{report.encoder['longer']} texts are longer than the encoder's "
-            f"{report.encoder['window']} tokens: neighbours are found by their beginnings; put "
+            f"texts longer than the encoder's {report.encoder['window']} tokens: "
+            f"{report.encoder['longer']:,}; their neighbours are found by their beginnings, so put "
             "first what tells them apart, or name an encoder with a longer window (--encoder)"
         )
     if report.model["longer"]:
         say(
-            f"{report.model['longer']} prompts are longer than the model's "
-            f"{report.model['window']} tokens: their texts are cut short; shorten them (--words)"
+            f"prompts longer than the model's {report.model['window']} tokens: "
+            f"{report.model['longer']:,}; their texts are cut short, so send fewer words (--words)"
         )
 
 
@@ -195,8 +202,8 @@ def lines(report: Report) -> Iterator[str]:
     yield f"its answer, {len(report.first_answer)} tokens: {listed(report.first_answer) or '-'}"
     tested = "no test rows" if report.test_rows is None else f"{report.test_rows:,} test rows"
     yield (
-        f"{report.rows:,} training rows, {tested}, {report.blank:,} without a text left out, "
-        f"{report.duplicates:,} duplicates"
+        f"{report.rows:,} training rows, {tested}; left out for want of a text: "
+        f"{report.blank:,}; duplicates: {report.duplicates:,}"
     )
     if report.labels:
         counts = sorted(report.labels.items(), key=lambda item: -item[1])

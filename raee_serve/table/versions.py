@@ -63,6 +63,18 @@ def list_states(view: Any) -> list[Version]:
     return states
 
 
+def seen_shelves(view: Any) -> set[str]:
+    """Those whose rows were seen in any state a table can be rolled back to.
+
+    view: a handle of its own, which is moved about.
+    """
+    shelves: set[str] = set()
+    for listed in view.list_versions():
+        view.checkout(listed["version"])
+        shelves.update(entry.shelf for entry in metadata_of(read_records(view)).tasks.values())
+    return shelves
+
+
 def check_target(view: Any, number: int) -> None:
     """Raises TableError unless a table can be rolled back to that version.
 

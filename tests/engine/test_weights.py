@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from raee_serve.cut import cut_checkpoint
-from raee_serve.evaluation.suite.quantizing import int8_checkpoint
 from tests.engine.engines import generate_at, run_vanilla, tiny_args, tiny_engine
 from tests.engine.reference import mixed_mismatches
 from tests.engine.workload import mixed_requests
+from tests.int8 import int8_checkpoint
 from tests.tiny import ENGINE_SIZES, saved, tiny_llama
 
 pytestmark = pytest.mark.engine

@@ -14,7 +14,7 @@ TASKS = ("demo_sentiment", "demo_chat_sentiment")
 
 def test_the_last_line_is_one_json_object(served, capsys):
     tasks = [part for task in TASKS for part in ("--task", task)]
-    limits = ["--limit", "6", "--concurrency", "4", "--k", "8"]
+    limits = ["--limit", "6", "--concurrency", "4", "--k", "8", "--budgets", "0.9"]
     assert main(["eval", "--model", MODEL, "--base-url", served.url, *tasks, *limits]) == 0
     *_, header, first, second, last = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["task", "n"]

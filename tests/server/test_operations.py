@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.metrics_page import page
 from tests.server.asking import complete, decisions, post
-from tests.server.conftest import MODEL, NUM_LAYERS
+from tests.server.conftest import MODEL, NUM_LAYERS, ROWS
 
 pytestmark = pytest.mark.server
 
@@ -35,11 +35,13 @@ def test_an_answer_says_why_when_asked(served, reviews):
     raee = told.model_extra["raee"]
     assert len(raee["prompts"]) == 3
     for prompt in raee["prompts"]:
-        assert prompt["reason"] == "retrieved" and prompt["rule"]["name"] == "stacked"
+        assert (prompt["reason"], prompt["head"]) == ("retrieved", "probe")
+        assert sum(prompt["labels"].values()) == pytest.approx(1, abs=1e-3)
         assert prompt["neighbours"][0]["distance"] == prompt["distance"]
-        scores = prompt["exits"][prompt["head"]]
-        assert len(scores) == NUM_LAYERS
-        assert scores[prompt["exit_layer"] - 1] >= prompt["rule"]["fraction"] * max(scores)
+        shares = prompt["expected"]["probe"]
+        assert len(shares) == NUM_LAYERS
+        first = next(n for n, s in enumerate(shares, 1) if s >= 0.98 * max(shares) - 1e-5)
+        assert (prompt["exit_layer"], prompt["choice"]["budget"]) == (first, 0.98)
     assert raee["versions"]["table"] >= 1
     assert not any(text in str(raee) for text in reviews)
 
@@ -109,7 +111,7 @@ def test_look_ups_are_measured_by_stage(served, reviews):
     for stage in ("wait", "encode", "search", "aggregate"):
         assert f'raee_lookup_stage_seconds_count{{stage="{stage}"}}' in told
     assert 'raee_cache_total{result="hit"}' in told
-    assert 'raee_table_rows{task="demo_sentiment"} 24.0' in told
+    assert f'raee_table_rows{{task="demo_sentiment"}} {ROWS}.0' in told
     assert 'raee_layers_saved_total{task="demo_sentiment"}' in told
     assert 'raee_exit_layer_bucket{le="30.0",task="demo_sentiment"}' in told
 

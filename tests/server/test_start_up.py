@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -12,6 +13,8 @@ from raee_serve.cli import main
 from raee_serve.cut import cut_checkpoint
 from raee_serve.engine.settings import RESTING_EXECUTOR, engine_options
 from raee_serve.server import loading, vllm_server
+from raee_serve.server.admission import Admission
+from raee_serve.server.limits import LabelOutputs
 from raee_serve.server.metrics import DecisionMetrics
 from tests.server.conftest import MODEL
 
@@ -175,3 +178,18 @@ def test_the_kill_switch_starts_vllms_own_engine_without_the_table(
     assert args.worker_cls == "auto" and not args.scheduler_cls
     assert gate.admission.off
     assert "RAEE_OFF=1: every request runs vanilla vLLM" in capsys.readouterr().out
+
+
+def test_as_many_logprobs_are_allowed_as_there_are_labels_unless_the_user_says():
+    names = tuple(map(str, range(150)))
+    many = LabelOutputs(names, (), {}, (), is_fitted=True)
+    gate = SimpleNamespace(admission=Admission(30, labels={"intents": many}))
+
+    def allowed(*flags, gate=gate):
+        args = vllm_server.parse_serve_args(["m", *flags])
+        vllm_server.allow_logprobs(args, gate)
+        return args.max_logprobs
+
+    assert allowed() == 150
+    assert allowed("--max-logprobs", "30") == 30
+    assert allowed(gate=SimpleNamespace(admission=Admission(30))) == 20

@@ -15,7 +15,7 @@ def uri(tmp_path) -> str:
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
     """MiniLM by torch, as tables are built with."""
-    return Encoder("minilm", threads=2)
+    return Encoder("minilm")
 
 
 @pytest.fixture(scope="session")

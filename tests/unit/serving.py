@@ -142,6 +142,7 @@ class Server:
         seed=None,
         shortcut_layers=(),
         head=None,
+        served_names=(),
         **valves,
     ):
         self.engine, self.looked_up, self.bodies = FakeEngine(), [], []
@@ -157,7 +158,7 @@ class Server:
                 labels,
                 fixed_layer=fixed_layer,
                 head=head,
-                served_names=("base",),
+                served_names=served_names,
                 valves=self.valves,
                 shortcut_layers=shortcut_layers,
                 probe_set=PROBES.id,

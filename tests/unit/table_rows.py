@@ -46,7 +46,7 @@ def label_rows(ids: Sequence[str], vectors=None, right=None, golds=None, states=
         unit_vectors(n) if vectors is None else vectors,
         golds.astype(np.int32),
         plain_probs=np.where(p_gold > 0.5, p_gold, 0).astype(np.float32),
-        full_logprobs=np.log(p).astype(np.float32),
+        full_logprobs=np.log(np.maximum(p, 1e-6)).astype(np.float32),
         states=None if states is None else states.astype(np.float16),
     )
 

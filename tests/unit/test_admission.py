@@ -279,7 +279,7 @@ def test_through_the_lm_head_labels_of_several_tokens_are_limited_by_a_choice():
 
 
 def written(task, limit):
-    allowed = LABELS[task].under(OutputLimit.of(limit))
+    allowed = LABELS[task].under(OutputLimit.of(limit), "probe")
     return allowed and [label and label.text for label in allowed.written]
 
 

@@ -23,7 +23,7 @@ def classify(server, **body):
 
 
 def test_each_text_has_its_label_and_probabilities():
-    server = Server()
+    server = Server(served_names=("base",))
     status, answer = classify(server, input=["film", "a book"])
     assert status == 200
     datum = {

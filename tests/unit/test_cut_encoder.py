@@ -7,18 +7,21 @@ import pytest
 
 from raee_serve.cli import main
 from raee_serve.errors import CheckpointError, RaeeError, TaskError
+from raee_serve.exits.choice import Choice
 from raee_serve.retrieval.cut_encoder import FEWEST_TEXTS, cut_encoder
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import FILE_NAME
+from raee_serve.table.build import complete
 from raee_serve.table.datasets import load_examples
-from raee_serve.table.schema import RuleChoice, TableMetadata, TaskEntry, row_id
+from raee_serve.table.schema import TableMetadata, TaskEntry, row_id
 from raee_serve.table.store import ExitTable
 from raee_serve.table.tasks import get_task
-from tests.unit.table_rows import BACKBONE, label_rows
+from tests.unit.table_rows import BACKBONE, LAYERS, label_rows, states_for
 
 pytestmark = pytest.mark.unit
 
 TASK = get_task("demo_sentiment")
+ROWS = 60
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +76,17 @@ def test_what_cannot_be_cut(minilm, cut, tmp_path):
 @pytest.fixture
 def table(minilm, examples, tmp_path):
     """Of texts that it does not keep, with a file in the place of its shortcuts."""
-    uri, vectors = tmp_path / "table", Encoder("minilm").encode([e.text for e in examples[:8]])
+    rows, uri = examples[:ROWS], tmp_path / "table"
+    vectors = Encoder("minilm").encode([e.text for e in rows])
     table = ExitTable.open_or_create(
         str(uri), TableMetadata(BACKBONE, Encoder("minilm").identity())
     )
-    table.put_task(TaskEntry.of(TASK, (1, 2), tuple(range(1, BACKBONE.num_layers + 1))))
-    ids = [row_id(TASK.name, e.text, e.gold) for e in examples[:8]]
-    table.add(TASK.name, label_rows(ids, vectors))
-    table.put_choices({TASK.name: RuleChoice("earliest", 5, 0.9, 1.0)})
+    table.put_task(TaskEntry.of(TASK, (1, 2), LAYERS))
+    ids, golds = [row_id(TASK.name, e.text, e.gold) for e in rows], [e.gold for e in rows]
+    states = states_for(golds)
+    table.add(TASK.name, label_rows(ids, vectors, golds=golds, states=states))
+    complete(table, TASK.name, progress=False)
+    table.put_choices({TASK.name: Choice(5, 0.9)})
     (uri / FILE_NAME).write_bytes(b"maps")
     return uri
 
@@ -95,10 +101,15 @@ def test_a_table_moves_to_another_encoder(table, cut, examples, tmp_path):
     assert old.metadata.choices and not new.metadata.choices
     before, after = old.rows(TASK.name), new.rows(TASK.name)
     assert after.ids == before.ids
-    np.testing.assert_array_equal(after.label_logprobs, before.label_logprobs)
+    np.testing.assert_array_equal(after.plain_probs, before.plain_probs)
     by_id = {row_id(TASK.name, e.text, e.gold): e.text for e in examples}
     expected = Encoder(str(cut)).encode([by_id[own] for own in after.ids])
     np.testing.assert_allclose(after.vectors, expected, atol=1e-5)
+    was, fit = old.fit(TASK.name), new.fit(TASK.name)
+    assert set(fit.ids) == set(after.ids) and fit.digest != was.digest
+    assert fit.is_right[:, 1:].mean() > 0.95  # the states moved with the rows
+    states = [own.states(TASK.name, after.ids) for own in (old, new)]
+    np.testing.assert_array_equal(*states)
     assert (target / FILE_NAME).read_bytes() == b"maps"
 
 
@@ -110,7 +121,9 @@ def test_what_cannot_be_moved_leaves_no_table(table, cut, tmp_path, capsys):
     target = tmp_path / "moved"
     command = ["table", "reencode", str(table), "--encoder", str(cut), "--out", str(target)]
     assert main(command) == 1
-    assert re.search("1 of 9 rows of task demo_sentiment are not in", capsys.readouterr().err)
+    assert re.search(
+        f"1 of {ROWS + 1} rows of task demo_sentiment are not in", capsys.readouterr().err
+    )
     assert not target.exists()
 
 

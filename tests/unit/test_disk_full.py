@@ -39,12 +39,15 @@ def started(tmp_path, smollm2, capsys):
     return command, uri
 
 
-@pytest.mark.parametrize("num_bytes", [0, 3000])
+@pytest.mark.parametrize(
+    ("num_bytes", "where"),
+    [(0, "write its states"), (3000, "write its states"), (12_000, "change it")],
+)
 @pytest.mark.parametrize("options", [[], ["--replace"]], ids=["add", "replace"])
 def test_a_full_disk_ends_the_build_and_costs_nothing(
-    num_bytes, options, started, capsys, monkeypatch
+    num_bytes, where, options, started, capsys, monkeypatch
 ):
-    """From the first row that would be written on: in data, transaction or manifest."""
+    """In the states of the first row that would be written, or, these written, in the row."""
     command, uri = started
     before = ExitTable.open(uri).row_ids("sst2")
     build = TaskBuilder.build
@@ -57,7 +60,7 @@ def test_a_full_disk_ends_the_build_and_costs_nothing(
         patch.setattr(TaskBuilder, "build", on_a_full_disk)
         assert cli.main([*command, *options]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(f"raee-serve build: error: exit table {uri}: cannot change it")
+    assert last.startswith(f"raee-serve build: error: exit table {uri}: cannot {where}")
     assert "File too large" in last
 
     table = ExitTable.open(uri)

@@ -246,8 +246,14 @@ def test_a_damaged_head_is_named_or_read(place, change):
         assert "a fit cannot be read" in str(error)
 
 
-@pytest.mark.parametrize("data", [b"", b"not a fit", packed({"a/1": SMALL and Probe(
-    np.ones((2, 3), np.float32), np.ones(2, np.float32))})])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not a fit",
+        packed({"a/1": SMALL and Probe(np.ones((2, 3), np.float32), np.ones(2, np.float32))}),
+    ],
+)
 def test_other_bytes_are_named(data):
     with pytest.raises(TableError, match="a fit cannot be read"):
         TaskFit.from_bytes(data)

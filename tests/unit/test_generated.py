@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 
 from raee_serve.errors import RaeeError, TaskError

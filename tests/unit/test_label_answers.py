@@ -21,8 +21,8 @@ WRITTEN = (
     Written(" card stolen", (40, 42, 43)),
     Written(" balance", (50,)),
 )
-ALL = AllowedLabels(NAMES, WRITTEN)
-WITHOUT_STOLEN = AllowedLabels(NAMES, (WRITTEN[0], None, WRITTEN[2]))
+ALL = AllowedLabels(NAMES, WRITTEN, "probe")
+WITHOUT_STOLEN = AllowedLabels(NAMES, (WRITTEN[0], None, WRITTEN[2]), "probe")
 P = (0.2, 0.7, 0.1)
 ANY = -1
 

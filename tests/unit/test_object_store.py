@@ -7,11 +7,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from datetime import timedelta
 
 import pytest
 
 from raee_serve import cli
 from raee_serve.errors import TableError
+from raee_serve.exits.choice import Choice
 from raee_serve.records import Reason
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.lookup import Lookup
@@ -19,7 +21,16 @@ from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table.store import ExitTable
 from tests.tiny import tokenized_llama
-from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata
+from tests.unit.table_rows import (
+    BACKBONE,
+    HIDDEN,
+    add_all,
+    entry,
+    fitting_rows,
+    label_rows,
+    metadata,
+    replace_all,
+)
 from tests.unit.test_build import write_data
 
 pytestmark = pytest.mark.unit
@@ -69,14 +80,12 @@ def uri(endpoint, request):
 def test_a_table_lives_in_a_bucket(uri, tmp_path):
     encoder, texts = Encoder("minilm"), ["a fine film", "a dull film", "a film"]
     table = ExitTable.open_or_create(uri, metadata(encoder.identity()))
-    table.put_task(entry("sst2"))
-    table.add("sst2", label_rows(texts, encoder.encode(texts)))
+    add_all(table, "sst2", label_rows(texts, encoder.encode(texts)))
     version = table.version
     assert cli.main(["table", "delete", uri, "--id", texts[2]]) == 0
     assert ExitTable.open(uri).row_ids("sst2") == set(texts[:2])
     assert cli.main(["table", "rollback", uri, "--to", str(version)]) == 0
-    command = ["calibrate", "--table", uri, "--task", "sst2", "--budget", "depth<=1"]
-    assert cli.main(command) == 0
+    ExitTable.open(uri).put_choices({"sst2": Choice(3, 0.9)})
     assert cli.main(["table", "compact", uri, "--keep-days", "0"]) == 0
     assert cli.main(["table", "info", uri]) == 0
     retriever = ExitRetriever.open(uri, backbone=BACKBONE)
@@ -86,6 +95,19 @@ def test_a_table_lives_in_a_bucket(uri, tmp_path):
     assert cli.main(["table", "drop", uri, "--task", "sst2"]) == 0
     assert [v.rows for v in ExitTable.open(uri).history()] == [3, 0]
     assert not os.path.exists("s3:")
+
+
+def test_states_and_fits_live_in_a_bucket_too(uri):
+    table = ExitTable.open_or_create(uri, metadata())
+    add_all(table, "sst2", fitting_rows())
+    old = table.entry("sst2").shelf
+    replace_all(table, entry("sst2"), fitting_rows(50, seed="new"))
+    opened = ExitTable.open(uri)
+    assert len(opened.fit("sst2").ids) == 50
+    opened.compact(timedelta(0))
+    assert opened.states("sst2", opened.fit("sst2").ids).shape == (4, 50, HIDDEN)
+    with pytest.raises(TableError, match="are gone"):
+        opened._states.read(old, ["a"])
 
 
 def test_two_writers_in_a_bucket(uri):

@@ -80,13 +80,17 @@ def test_a_cluster_completes_a_table_to_what_one_process_builds(address, build, 
     assert found.metadata == expected.metadata
     for task in TASKS:
         assert_same_rows(found.rows(task), expected.rows(task))
+    own, other = found.fit("sst2"), expected.fit("sst2")
+    order = [own.ids.index(id) for id in other.ids]
+    np.testing.assert_allclose(own.exit_probs[order], other.exit_probs, atol=0.05)
+    assert found.fit("xsum") is None
 
 
 def assert_same_rows(found, expected):
     assert len(found.ids) == len(set(found.ids)) == ROWS
     order = [found.ids.index(id) for id in expected.ids]
     assert [found.texts[i] for i in order] == expected.texts
-    for column in ("vectors", "golds", "label_logprobs", "reference_logprob", "agreement"):
+    for column in ("vectors", "golds", "plain_probs", "full_logprobs", "reference_hits"):
         values, wanted = getattr(found, column), getattr(expected, column)
         if wanted is None:
             assert values is None

@@ -9,19 +9,29 @@ import pytest
 
 from raee_serve.checkpoints import resolve_encoder
 from raee_serve.errors import BindingError, CheckpointError, RaeeError, TableError
+from raee_serve.exits.choice import Choice
+from raee_serve.exits.neighbours import log_votes
+from raee_serve.exits.probes import unpacked
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.records import Reason
-from raee_serve.retrieval import retriever as retriever_module
-from raee_serve.retrieval.decider import ExitDecider
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table.prompts import CompletionPrompt
-from raee_serve.table.schema import RuleChoice
+from raee_serve.table.schema import Built, TaskEntry
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
-from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata
+from raee_serve.table.task import Task
+from tests.unit.label_tables import MANY, id_of, new_table, put_labels
+from tests.unit.table_rows import (
+    BACKBONE,
+    LAYERS,
+    entry,
+    label_rows,
+    made_fit,
+    metadata,
+    put_fit,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -33,31 +43,42 @@ PRAISE_LAYER, SPITE_LAYER, HOTEL_LAYER = 2, 3, 1
 
 def right_at(layer):
     """Probability of gold by layer: right at one layer only."""
-    return [0.9 if layer == own else 0.1 for own in (1, 2, 3, 4)]
+    return [0.9 if layer == own else 0.1 for own in LAYERS]
+
+
+def put(table, encoder, name, texts, layers, *, has_fit=True, **parts):
+    """A finished task whose probes are right at the layer of each text alone, as the plain head
+    is; layer 0 for none. parts: of the fit."""
+    right = [right_at(layer) if layer else [0.0] * 4 for layer in layers]
+    rows = label_rows(list(map(id_of, texts)), encoder.encode(texts), right)
+    put_fit(table, name, rows, made_fit(rows.ids, right, **parts) if has_fit else None)
 
 
 @pytest.fixture(scope="module")
 def uri(encoder, tmp_path_factory):
-    """sst2: praise exits at 2, spite at 3; cr: hotels exit at 1; mpqa: nothing is ever right."""
+    """sst2: praise exits at 2, spite at 3; cr: hotels exit at 1; mpqa: nothing is ever right; mr:
+    without probes."""
     uri = str(tmp_path_factory.mktemp("tables") / "films")
     table = ExitTable.open_or_create(uri, metadata(encoder.identity()))
-    contents = {
-        "sst2": [(t, PRAISE_LAYER) for t in PRAISE] + [(t, SPITE_LAYER) for t in SPITE],
-        "cr": [(t, HOTEL_LAYER) for t in HOTELS],
-        "mpqa": [("a poor choice", 0), ("a poor decision", 0)],
-    }
-    for name, rows in contents.items():
-        texts = [text for text, _ in rows]
-        right = [right_at(layer) for _, layer in rows]
-        table.put_task(entry(name))
-        table.add(name, label_rows([f"{name}:{t}" for t in texts], encoder.encode(texts), right))
-    table.put_task(entry("subj"))  # registered, but without rows
+    films = [PRAISE_LAYER] * len(PRAISE) + [SPITE_LAYER] * len(SPITE)
+    put(table, encoder, "sst2", PRAISE + SPITE, films)
+    put(table, encoder, "cr", HOTELS, [HOTEL_LAYER] * 2)
+    put(table, encoder, "mpqa", ["a poor choice", "a poor decision"], [0, 0])
+    put(table, encoder, "mr", PRAISE, [PRAISE_LAYER] * 4, has_fit=False)
+    table.put_task(entry("subj"))  # recorded, but without rows
+    table.finish("subj", Built(0, "it has no rows"), None)
+    table.put_task(entry("trec"))  # with rows, but not finished
+    table.add("trec", label_rows(["ab"], encoder.encode(["who?"])))
     return uri
 
 
 @pytest.fixture(scope="module")
-def retriever(uri):
-    return ExitRetriever.open(uri, backbone=BACKBONE)
+def retriever(uri, encoder):
+    return opened(uri, encoder)
+
+
+def opened(uri, encoder, **options):
+    return ExitRetriever.open(uri, backbone=BACKBONE, encoder=encoder, **options)
 
 
 def sst2(text, **options):
@@ -94,10 +115,25 @@ def test_missing_encoder(tmp_path):
 
 
 def test_attributes(retriever):
-    assert retriever.num_layers == 4 and retriever.num_rows == 12
-    assert set(retriever.tasks) == {"sst2", "cr", "mpqa"}
-    assert retriever.tasks["sst2"] is get_task("sst2")
-    assert retriever.label_token_ids["sst2"] == (10, 11)
+    assert retriever.num_layers == 4 and retriever.num_rows == 16
+    assert set(retriever.tasks) == {"sst2", "cr", "mpqa", "mr"}
+    assert retriever.tasks["sst2"] == entry("sst2").task and retriever.tasks["sst2"].data is None
+    assert retriever.heads == {"sst2": "probe", "cr": "probe", "mpqa": "probe", "mr": "plain"}
+    assert retriever.plain_token_ids["sst2"] == (10, 11)
+    assert retriever.choices["sst2"] == Choice.default("labels")
+
+
+def test_the_probe_set_is_that_of_all_fits(retriever, uri):
+    found = unpacked(retriever.probe_set.packed)
+    names = {f"{task}/{at}" for task in ("sst2", "cr", "mpqa") for at in (*LAYERS, "alone")}
+    assert set(found) == names and re.fullmatch("[0-9a-f]{16}", retriever.probe_set.id)
+    assert opened(uri, retriever._encoder._encoder).probe_set == retriever.probe_set
+
+
+def test_tasks_come_from_the_table_alone(uri, encoder, monkeypatch):
+    monkeypatch.setattr("raee_serve.table.tasks.TASKS", {})
+    own = opened(uri, encoder).tasks["sst2"]
+    assert own.match("a film It was") == "a film" and own.labels == ("terrible", "great")
 
 
 def test_neighbours_decide_the_layer(retriever):
@@ -107,48 +143,55 @@ def test_neighbours_decide_the_layer(retriever):
         assert decision.reason == Reason.RETRIEVED and decision.task == "sst2"
         assert decision.num_layers == 4 and decision.lookup_ms > 0
         assert decision.distance < MIN_BOUND
+        assert decision.probe == f"sst2/{decision.exit_layer}" and len(decision.label_scores) == 2
 
 
-def test_k_and_rule_come_with_each_lookup(retriever):
-    lookups = [sst2("a lovely film", k=k, rule=r) for k in (1, 4, 999) for r in (None, "published")]
-    assert [d.exit_layer for d in retriever.decide(lookups)][:4] == [PRAISE_LAYER] * 4
-    assert all(d.reason == Reason.RETRIEVED for d in retriever.decide(lookups))
+def test_k_and_head_come_with_each_lookup(retriever):
+    for head in (None, "plain"):
+        lookups = [sst2("a lovely film", k=k, head=head) for k in (1, 4, 999)]
+        found = retriever.decide(lookups)
+        assert [d.exit_layer for d in found[:2]] == [PRAISE_LAYER] * 2
+        assert {d.head for d in found} == {head or "probe"}
+        assert {d.reason for d in found} == {Reason.RETRIEVED}
 
 
-def test_plain_rules_bias_no_label(retriever):
-    for rule in ("earliest", "published"):
-        (decision,) = retriever.decide([sst2(PRAISE[0], rule=rule)])
-        assert decision.label_bias == ()
+def test_a_task_without_probes_is_decided_by_the_papers_rule(retriever):
+    (decision,) = retriever.decide([Lookup(("mr",), PRAISE[0])])
+    assert (decision.exit_layer, decision.head, decision.probe) == (PRAISE_LAYER, "plain", None)
 
 
-def test_fused_exits_favour_the_label_of_the_nearest(uri):
-    """Labels alternate among the rows; every label is as frequent as the other."""
-    retriever = ExitRetriever.open(uri, backbone=BACKBONE, vote_weight=50.0)
-    for row, text in enumerate(PRAISE):
-        (decision,) = retriever.decide([sst2(text, rule="fused")])
-        assert decision.reason == Reason.RETRIEVED
-        assert np.argmax(decision.label_bias) == row % 2
-
-
-def test_label_rules_are_the_default_for_label_words(retriever):
-    stacked, default = (
-        retriever.decide([sst2(PRAISE[0], **options)])[0] for options in ({"rule": "stacked"}, {})
-    )
-    assert dataclasses.replace(default, lookup_ms=0) == dataclasses.replace(stacked, lookup_ms=0)
-    assert default.label_bias
-
-
-def test_a_stored_choice_holds_unless_told_otherwise(uri, tmp_path):
+def test_the_budget_is_the_servers_the_tables_or_the_look_ups(uri, encoder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(uri, copy)
-    ExitTable.open(str(copy)).put_choices({"sst2": RuleChoice("earliest", 3, 0.8, 1.0)})
-    stored = ExitRetriever.open(str(copy), backbone=BACKBONE)
-    assert stored.choices["sst2"] == RuleChoice("earliest", 3, 0.8, 1.0)
-    assert stored.choices["cr"].rule == "stacked"
-    assert stored.decide([sst2(PRAISE[0])])[0].label_bias == ()
-    assert stored.decide([sst2(PRAISE[0], rule="fused")])[0].label_bias
-    told = ExitRetriever.open(str(copy), backbone=BACKBONE, fraction=0.5)
-    assert told.choices["sst2"] == RuleChoice("earliest", 3, 0.5, 1.0)
+    ExitTable.open(str(copy)).put_choices({"sst2": Choice(3, 0.8)})
+    stored = opened(str(copy), encoder)
+    assert stored.choices["sst2"] == Choice(3, 0.8)
+    assert stored.choices["cr"] == Choice.default("labels")
+    told = opened(str(copy), encoder, budget=0.5)
+    assert told.choices["sst2"] == Choice(3, 0.5) and told.choices["cr"].budget == 0.5
+    (kept, asked) = told.decide([sst2(PRAISE[0], explain=True), sst2(PRAISE[0], budget=0.1)])
+    assert kept.explanation.choice == Choice(3, 0.5)
+    assert (kept.exit_layer, asked.exit_layer) == (PRAISE_LAYER, 1)
+
+
+def test_an_exit_that_was_asked_for_is_told_what_the_front_end_says(encoder, tokenizer, tmp_path):
+    """Probes that were fitted: the text is embedded whatever the exit is."""
+    table = new_table(str(tmp_path / "t"), BACKBONE, encoder)
+    put_labels(table, "sst2", MANY, encoder, tokenizer, layer=2)
+    retriever, fit = opened(table.uri, encoder, max_distance=0.0), table.fit("sst2")
+    decisions = retriever.decide([sst2("something else", exit_layer=n) for n in LAYERS])
+    assert [d.exit_layer for d in decisions] == list(LAYERS)
+    assert {d.reason for d in decisions} == {Reason.OVERRIDE}
+    rows, vector = table.rows("sst2"), encoder.encode(["something else"])[0]
+    vote = log_votes(
+        np.sort(rows.vectors @ vector)[::-1],
+        rows.golds[np.argsort(-(rows.vectors @ vector))],
+        np.bincount(rows.golds),
+    )
+    for layer, decision in zip(LAYERS, decisions, strict=True):
+        expected = fit.front_scores(layer, vector, vote)
+        np.testing.assert_allclose(decision.label_scores, expected, atol=1e-4)
+    assert retriever.decide([sst2("something else")])[0].reason == Reason.FAR
 
 
 def test_far_prompts_run_at_full_depth(retriever):
@@ -162,10 +205,9 @@ def test_one_stray_row_brings_no_foreign_prompt_near(encoder, tmp_path):
     kinds = ("fine", "dull", "slow", "loud", "sweet", "sad", "odd", "grim")
     texts = [f"a {kind} {what}" for kind in kinds for what in ("film", "movie", "plot", "scene")]
     table = ExitTable.open_or_create(str(tmp_path / "strays"), metadata(encoder.identity()))
-    table.put_task(entry("sst2"))
     rows = [*texts, "a wild film", "a wild plot", "a wild scene", stray]
-    table.add("sst2", label_rows(rows, encoder.encode(rows)))
-    retriever = ExitRetriever.open(table.uri, backbone=BACKBONE)
+    put(table, encoder, "sst2", rows, [2] * len(rows))
+    retriever = opened(table.uri, encoder)
     foreign, own, in_task = retriever.decide(
         [sst2(f"{stray} of spins"), sst2(stray), sst2("a fine and wild film")]
     )
@@ -173,10 +215,8 @@ def test_one_stray_row_brings_no_foreign_prompt_near(encoder, tmp_path):
     assert (own.reason, in_task.reason) == (Reason.RETRIEVED, Reason.RETRIEVED)
 
 
-def test_distance_bound_may_be_set(uri):
-    near, wide = (
-        ExitRetriever.open(uri, backbone=BACKBONE, max_distance=bound) for bound in (0.01, 2.0)
-    )
+def test_distance_bound_may_be_set(uri, encoder):
+    near, wide = (opened(uri, encoder, max_distance=bound) for bound in (0.01, 2.0))
     assert near.decide([sst2("a lovely film")])[0].reason == Reason.FAR
     assert near.decide([sst2(PRAISE[0])])[0].reason == Reason.RETRIEVED
     assert wide.decide([sst2("quantum chromodynamics")])[0].reason == Reason.RETRIEVED
@@ -189,7 +229,7 @@ def test_no_evidence_runs_at_full_depth(retriever):
 
 def test_several_candidates_are_searched_together(retriever):
     both = ("sst2", "cr")
-    options = {"k": 1, "rule": "earliest"}
+    options = {"k": 1}
     hotel, film = retriever.decide(
         [Lookup(both, HOTELS[1], **options), Lookup(both, PRAISE[1], **options)]
     )
@@ -219,82 +259,60 @@ def test_a_batch_decides_in_order_as_its_prompts_alone(retriever):
 
 
 def test_a_decision_is_explained_only_if_asked(retriever):
-    plain, asked = retriever.decide(
-        [sst2(PRAISE[0]), sst2(PRAISE[0], rule="fused", explain=True, k=3)]
-    )
+    plain, asked = retriever.decide([sst2(PRAISE[0]), sst2(PRAISE[0], explain=True, k=3)])
     assert plain.explanation is None
     told = asked.explanation
     ids, distances = zip(*((row.id, row.distance) for row in told.neighbours), strict=True)
-    golds = {f"sst2:{text}": ("terrible", "great")[row % 2] for row, text in enumerate(PRAISE)}
-    assert {row.id: row.label for row in told.neighbours}.items() <= golds.items()
-    assert ids[0] == f"sst2:{PRAISE[0]}"
-    assert len(set(ids)) == 3 and list(distances) == sorted(distances)
+    golds = {id_of(text): ("terrible", "great")[row % 2] for row, text in enumerate(PRAISE)}
+    assert golds.items() <= {row.id: row.label for row in told.neighbours}.items()
+    assert ids[0] == id_of(PRAISE[0])
+    assert len(set(ids)) == len(ids) and list(distances) == sorted(distances)
     assert distances[0] == asked.distance
-    assert (told.choice.rule, told.choice.k, told.min_layer) == ("fused", 3, 1)
-    assert set(told.scores) == {asked.head} == {"fused"}
-    assert len(told.scores["fused"]) == retriever.num_layers
-    assert asked.exit_layer == 1 + int(
-        np.argmax(np.array(told.scores["fused"]) >= 0.95 * max(told.scores["fused"]))
-    )
+    assert (told.choice, told.min_layer) == (Choice(3, 0.98), 1)
+    assert set(told.expected) == {asked.head} == {"probe"}
+    promised = np.array(told.expected["probe"])
+    assert len(promised) == retriever.num_layers and told.certainty == pytest.approx(0.5)
+    assert asked.exit_layer == 1 + int(np.argmax(promised >= 0.98 * promised.max()))
 
 
-def test_the_explanation_has_every_head_of_the_rule_and_of_full_depth(retriever):
-    (decision,) = retriever.decide([sst2(PRAISE[0], rule="calibrated", explain=True)])
-    assert set(decision.explanation.scores) == {"plain", "calibrated"}
+def test_full_depth_is_explained_too(retriever):
     far, none = retriever.decide(
         [
             sst2("quantum chromodynamics on a lattice of spins", explain=True),
-            Lookup(("mpqa",), "a poor choice", rule="earliest", explain=True),
+            Lookup(("mpqa",), "a poor choice", explain=True),
         ]
     )
     assert far.reason == Reason.FAR and far.distance > far.explanation.max_distance
-    assert none.reason == Reason.NO_EVIDENCE and set(none.explanation.scores["plain"]) == {0}
+    assert none.reason == Reason.NO_EVIDENCE and set(none.explanation.expected["probe"]) == {0}
 
 
 def test_the_rule_reads_no_layer_before_the_least(retriever):
-    lookups = [sst2(PRAISE[0], rule="earliest", k=4, min_layer=n, explain=True) for n in (1, 2, 3)]
+    lookups = [sst2(PRAISE[0], k=4, min_layer=n, explain=True) for n in (1, 2, 3)]
     free, same, barred = retriever.decide(lookups)
     assert (free.exit_layer, same.exit_layer) == (PRAISE_LAYER, PRAISE_LAYER)
-    assert barred.reason == Reason.NO_EVIDENCE and barred.exit_layer == 4
-    assert len(same.explanation.scores["plain"]) == 3
-    both = sst2("a film", rule="earliest", k=8, min_layer=3)
-    assert retriever.decide([both])[0].exit_layer == SPITE_LAYER
+    assert barred.exit_layer >= 3 and barred.probe == f"sst2/{barred.exit_layer}"
+    assert len(same.explanation.expected["probe"]) == 3
 
 
-@pytest.mark.parametrize(("points", "expected"), [((3,), (4, 3)), ((2, 3), (2, 3)), ((1,), (4, 4))])
-def test_exits_are_decided_at_exit_points(uri, points, expected):
+@pytest.mark.parametrize(
+    ("points", "praise"), [((3,), (4, 2)), ((2, 3), (2, None)), ((4,), (4, 2))]
+)
+def test_exits_are_decided_at_exit_points(uri, encoder, points, praise):
     """Nothing speaks for praise after its own layer, so it goes on to full depth."""
-    retriever = ExitRetriever.open(uri, backbone=BACKBONE, exit_points=points)
-    praise, spite = retriever.decide([sst2(t[0], rule="earliest", k=4) for t in (PRAISE, SPITE)])
-    assert (praise.exit_layer, spite.exit_layer) == expected
-    wanted = {PRAISE_LAYER: praise, SPITE_LAYER: spite}
-    for layer, decision in wanted.items():
-        assert decision.reason == Reason.RETRIEVED
-        assert decision.decided_layer == (None if decision.exit_layer == layer else layer)
+    retriever = opened(uri, encoder, exit_points=points)
+    (decision,) = retriever.decide([sst2(PRAISE[0], k=4)])
+    assert (decision.exit_layer, decision.decided_layer) == praise
+    assert decision.reason == Reason.RETRIEVED
+    assert decision.probe == f"sst2/{decision.exit_layer}"
 
 
-def test_exit_points_bring_the_bias_of_the_layer_that_runs(uri, monkeypatch):
-    monkeypatch.setattr(ExitDecider, "_label_bias", lambda _, head, layer, *rest: (layer,))
-    retriever = ExitRetriever.open(uri, backbone=BACKBONE, exit_points=[4])
-    (decision,) = retriever.decide([sst2(PRAISE[0], rule="fused")])
-    assert (decision.exit_layer, decision.label_bias) == (4, (4,))
-
-
-def test_exit_points_outside_the_backbone_are_named(uri):
+def test_exit_points_outside_the_backbone_are_named(uri, encoder):
     with pytest.raises(RaeeError, match=r"exit points are \[5\]; allowed: layers 1\.\.4"):
-        ExitRetriever.open(uri, backbone=BACKBONE, exit_points=[5])
+        opened(uri, encoder, exit_points=[5])
 
 
-def test_a_least_layer_brings_the_bias_of_the_layer_that_runs(retriever, monkeypatch):
-    monkeypatch.setattr(ExitDecider, "_label_bias", lambda _, head, layer, *rest: (layer,))
-    lookups = [sst2("a film", rule="fused", k=8, min_layer=n) for n in (1, 3)]
-    free, deep = retriever.decide(lookups)
-    assert free.exit_layer < 3 <= deep.exit_layer
-    assert (free.label_bias, deep.label_bias) == ((free.exit_layer,), (deep.exit_layer,))
-
-
-def test_the_cost_of_each_batch_is_told(uri):
-    retriever, costs = ExitRetriever.open(uri, backbone=BACKBONE), []
+def test_the_cost_of_each_batch_is_told(uri, encoder):
+    retriever, costs = opened(uri, encoder), []
     retriever.observe = costs.append
     retriever.decide([sst2(PRAISE[0]), sst2(SPITE[0]), sst2(PRAISE[0])])
     retriever.decide([sst2(PRAISE[0])])
@@ -305,7 +323,7 @@ def test_the_cost_of_each_batch_is_told(uri):
 
 def test_the_table_has_a_version_and_rows_by_task(retriever, uri):
     assert retriever.table_version == ExitTable.open(uri).version >= 1
-    assert retriever.rows_by_task == {"sst2": 8, "cr": 2, "mpqa": 2}
+    assert retriever.rows_by_task == {"sst2": 8, "cr": 2, "mpqa": 2, "mr": 4}
 
 
 @pytest.mark.parametrize(
@@ -313,8 +331,9 @@ def test_the_table_has_a_version_and_rows_by_task(retriever, uri):
     [
         (sst2("x", k=0), "k = 0 is not allowed, it must be at least 1"),
         (sst2("x", k=-3), "k = -3"),
-        (sst2("x", rule="median"), "'median'; known rules: published, earliest, calibrated, fused"),
-        (Lookup(("trec",), "x"), r"'trec'.*cr, mpqa, sst2"),
+        (sst2("x", budget=0), r"budget 0 is not within \(0, 1\]"),
+        (Lookup(("trec",), "x"), r"'trec'.*cr, mpqa, mr, sst2"),  # not finished
+        (Lookup(("sst2", "nobody"), "x"), "'nobody'"),
         (Lookup((), "x"), "one or more"),
     ],
 )
@@ -323,14 +342,14 @@ def test_bad_lookups_are_named(retriever, lookup, message):
         retriever.decide([lookup])
 
 
-def test_table_may_vanish_under_an_open_retriever(uri, tmp_path):
+def test_table_may_vanish_under_an_open_retriever(uri, encoder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(uri, copy)
-    retriever = ExitRetriever.open(str(copy), backbone=BACKBONE)
+    retriever = opened(str(copy), encoder)
     shutil.rmtree(copy)
     assert retriever.decide([sst2(PRAISE[0])])[0].exit_layer == PRAISE_LAYER
     with pytest.raises(TableError, match="no such directory"):
-        ExitRetriever.open(str(copy), backbone=BACKBONE)
+        opened(str(copy), encoder)
 
 
 def test_other_backbone_is_refused(uri):
@@ -350,33 +369,48 @@ def test_other_encoder_is_refused(uri, encoder, tmp_path):
         ExitRetriever.open(uri, backbone=BACKBONE, encoder=str(tmp_path / "retrained"))
 
 
-def test_other_template_is_refused(uri, monkeypatch):
-    built = get_task("cr")
-    changed = dataclasses.replace(built, prompt=CompletionPrompt("{text} I felt"))
-    monkeypatch.setitem(retriever_module.TASKS, "cr", changed)
-    message = rf"task cr .*{built.version}.*{changed.version}"
-    with pytest.raises(BindingError, match=message):
-        ExitRetriever.open(uri, backbone=BACKBONE)
+def test_only_finished_tasks_with_rows_are_served(uri, encoder, tmp_path):
+    empty = ExitTable.open_or_create(str(tmp_path / "empty"), metadata(encoder.identity()))
+    empty.put_task(entry("sst2"))
+    with pytest.raises(TableError, match="holds no task whose build has finished"):
+        opened(empty.uri, encoder)
+    empty.add("sst2", label_rows(["a"], encoder.encode(["a"])))
+    with pytest.raises(TableError, match="holds no task whose build has finished"):
+        opened(empty.uri, encoder)
+    empty.finish("sst2", Built(1, "one row"), None)
+    assert opened(empty.uri, encoder).heads == {"sst2": "plain"}
 
 
-def test_unknown_task_in_the_table_is_refused(uri, monkeypatch):
-    monkeypatch.delitem(retriever_module.TASKS, "cr")
-    with pytest.raises(TableError, match=f"{re.escape(uri)} holds an unknown task 'cr'"):
-        ExitRetriever.open(uri, backbone=BACKBONE)
+def test_a_table_without_probes_has_no_probe_set(encoder, tmp_path):
+    table = ExitTable.open_or_create(str(tmp_path / "plain"), metadata(encoder.identity()))
+    put(table, encoder, "mr", PRAISE, [2] * 4, has_fit=False)
+    assert opened(table.uri, encoder).probe_set is None
 
 
-def test_empty_table_is_refused(encoder, tmp_path):
-    uri = str(tmp_path / "empty")
-    ExitTable.open_or_create(uri, metadata(encoder.identity())).put_task(entry("sst2"))
-    with pytest.raises(TableError, match="holds no rows"):
-        ExitRetriever.open(uri, backbone=BACKBONE)
+def test_labels_that_begin_alike_have_probes_and_no_plain_head(encoder, tmp_path):
+    task = Task("intents", CompletionPrompt("{text}\nIntent:"), ("card lost", "card stolen"))
+    table = ExitTable.open_or_create(str(tmp_path / "intents"), metadata(encoder.identity()))
+    table.put_task(TaskEntry.of(task, (), LAYERS))
+    own = label_rows(list(map(id_of, PRAISE)), encoder.encode(PRAISE))
+    table.add("intents", dataclasses.replace(own, plain_probs=None, full_logprobs=None))
+    table.finish("intents", Built(4), made_fit(own.ids, [right_at(2)] * 4))
+    retriever = opened(table.uri, encoder)
+    assert retriever.plain_token_ids == {} and retriever.heads == {"intents": "probe"}
+    lookups = [Lookup(("intents",), PRAISE[0], head=head) for head in (None, "plain")]
+    probe, plain = retriever.decide(lookups)
+    assert (probe.exit_layer, probe.probe) == (2, "intents/2")
+    assert (plain.exit_layer, plain.reason) == (4, Reason.NO_EVIDENCE)
+
+
+def test_a_retriever_takes_over_the_encoder_of_an_older_one(retriever, uri, encoder):
+    later = ExitRetriever.open(uri, backbone=BACKBONE, old=retriever)
+    assert later._encoder is retriever._encoder
+    assert later.table_state == retriever.table_state
+    assert later.decide([sst2(PRAISE[0])])[0].exit_layer == PRAISE_LAYER
 
 
 def test_a_single_row_knows_its_own_text_only(encoder, tmp_path):
-    uri = str(tmp_path / "one")
-    table = ExitTable.open_or_create(uri, metadata(encoder.identity()))
-    table.put_task(entry("sst2"))
-    table.add("sst2", label_rows(["a"], encoder.encode(["a wonderful film"])))
-    retriever = ExitRetriever.open(uri, backbone=BACKBONE)
-    own, other = retriever.decide([sst2("a wonderful film"), sst2("a dull film")])
+    table = ExitTable.open_or_create(str(tmp_path / "one"), metadata(encoder.identity()))
+    put(table, encoder, "sst2", ["a wonderful film"], [2], has_fit=False)
+    own, other = opened(table.uri, encoder).decide([sst2("a wonderful film"), sst2("a dull film")])
     assert (own.reason, other.reason) == (Reason.RETRIEVED, Reason.FAR)

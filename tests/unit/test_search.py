@@ -8,15 +8,23 @@ import pytest
 from raee_serve.cli import main
 from raee_serve.errors import TableError
 from raee_serve.records import Reason
-from raee_serve.retrieval.heads import LeaveOneOutVotes
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.search import InMemorySearch, largest
-from raee_serve.retrieval.task_index import AT_ONCE, MIN_BOUND, load_task
+from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table.check_command import measure_recall
 from raee_serve.table.index import KINDS, kind_for
 from raee_serve.table.store import ExitTable
-from tests.unit.table_rows import BACKBONE, entry, label_rows, metadata, unit_vectors
+from tests.unit.table_rows import (
+    BACKBONE,
+    add_all,
+    entry,
+    label_rows,
+    metadata,
+    row_ids,
+    states_for,
+    unit_vectors,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -28,16 +36,16 @@ PROMPTS = [f"a {adjective} and long {thing}" for adjective in ADJECTIVES for thi
 
 @pytest.fixture(scope="module")
 def uri(encoder, tmp_path_factory):
-    """Three tasks of 80 texts each, their exits and labels drawn at random."""
+    """Three tasks of 80 texts each, with probes; their states and labels drawn at random."""
     uri = str(tmp_path_factory.mktemp("tables") / "indexed")
     table = ExitTable.open_or_create(uri, metadata(encoder.identity()))
     for seed, (name, end) in enumerate({"sst2": "", "mr": " by day", "cr": " by night"}.items()):
         vectors = encoder.encode([text + end for text in TEXTS])
         rng = np.random.default_rng(seed)
         right, golds = rng.random((len(TEXTS), 4)), rng.integers(0, 2, len(TEXTS))
-        table.put_task(entry(name))
-        ids = [f"{name}:{text}" for text in TEXTS]
-        table.add(name, label_rows(ids, vectors, right, golds))
+        ids = row_ids(len(TEXTS), name)
+        states = states_for(golds, 3, seed)
+        add_all(table, name, label_rows(ids, vectors, right, golds, states))
     return uri
 
 
@@ -48,11 +56,11 @@ def indexed_uri(uri):
 
 
 def decisions(retriever):
-    """Of all prompts together, for one and for two tasks and for every rule."""
+    """Of all prompts together, for one and for two tasks, by probes and by the paper's rule."""
     lookups = [
-        Lookup(candidates, prompt, rule=rule)
+        Lookup(candidates, prompt, head=head)
         for candidates in (("sst2",), ("cr", "mr"))
-        for rule in ("published", "calibrated", "fused", "stacked")
+        for head in (None, "plain")
         for prompt in (*PROMPTS, "quantum chromodynamics on a lattice")
     ]
     return [dataclasses.replace(d, lookup_ms=0) for d in retriever.decide(lookups)]
@@ -65,24 +73,24 @@ def test_the_index_decides_as_memory_does(indexed_uri):
     assert memory.num_rows == index.num_rows == 3 * len(TEXTS)
     pairs = list(zip(decisions(memory), decisions(index), strict=True))
     assert {a.reason for a, _ in pairs} == {Reason.RETRIEVED, Reason.FAR}
+    assert {a.head for a, _ in pairs} == {"probe", "plain"} and len({a.probe for a, _ in pairs}) > 3
     for exact, found in pairs:
         assert found.distance == pytest.approx(exact.distance, abs=1e-5)
-        assert found.label_bias == pytest.approx(exact.label_bias, abs=1e-4)
-        assert (found.exit_layer, found.reason, found.task) == (
+        assert found.label_scores == pytest.approx(exact.label_scores, abs=1e-4)
+        assert (found.exit_layer, found.reason, found.probe) == (
             exact.exit_layer,
             exact.reason,
-            exact.task,
+            exact.probe,
         )
 
 
 def test_rows_added_after_the_index_are_found(encoder, tmp_path):
     uri = str(tmp_path / "grown")
     table = ExitTable.open_or_create(uri, metadata(encoder.identity()))
-    table.put_task(entry("sst2"))
-    table.add("sst2", label_rows(TEXTS[:40], encoder.encode(TEXTS[:40])))
+    add_all(table, "sst2", label_rows(TEXTS[:30], encoder.encode(TEXTS[:30])))
     table.build_index("IVF_FLAT")
-    table.add("sst2", label_rows(TEXTS[40:], encoder.encode(TEXTS[40:])))
-    assert table.index.unindexed_rows == 40 + 1  # and the record of the change
+    table.add("sst2", label_rows(TEXTS[30:], encoder.encode(TEXTS[30:])))
+    assert table.index.unindexed_rows == 50 + 1  # and the record of the change
     retriever = ExitRetriever.open(uri, backbone=BACKBONE, rows_in_memory_mb=0)
     (decision,) = retriever.decide([Lookup(("sst2",), TEXTS[70])])
     assert decision.distance < MIN_BOUND
@@ -91,8 +99,7 @@ def test_rows_added_after_the_index_are_found(encoder, tmp_path):
 def test_a_table_beyond_the_budget_needs_an_index(encoder, tmp_path):
     uri = str(tmp_path / "plain")
     table = ExitTable.open_or_create(uri, metadata(encoder.identity()))
-    table.put_task(entry("sst2"))
-    table.add("sst2", label_rows(["a"], encoder.encode(["a"])))
+    add_all(table, "sst2", label_rows(["a"], encoder.encode(["a"])))
     with pytest.raises(TableError, match=rf"--rows-in-memory 0, .*raee-serve table index {uri}"):
         ExitRetriever.open(uri, backbone=BACKBONE, rows_in_memory_mb=0)
     assert not ExitRetriever.open(uri, backbone=BACKBONE).searches_index
@@ -131,38 +138,3 @@ def test_rows_of_several_tasks_are_numbered_task_by_task():
     assert found.rows[0] == 7 and sorted(found.rows) == [5, 6, 7, 8]
     (found,) = search.nearest(["b", "a"], own["a"][3:4], 1)
     assert found.rows.tolist() == [3] and found.distances[0] == pytest.approx(0, abs=1e-6)
-
-
-def test_a_task_is_loaded_alike_with_and_without_vectors_however_it_is_cut(uri, monkeypatch):
-    table = ExitTable.open(uri)
-    options = {"max_distance": None, "fraction": None, "vote_weight": None, "quality": None}
-    whole = load_task(table, "mr", keep_vectors=True, **options)
-    monkeypatch.setattr("raee_serve.retrieval.task_index.AT_ONCE", 7)
-    cut = load_task(table, "mr", keep_vectors=False, **options)
-    assert len(TEXTS) < AT_ONCE and cut.vectors is None and len(cut.keys) == len(TEXTS)
-    np.testing.assert_allclose(cut.evidence, whole.evidence, atol=1e-6)
-    np.testing.assert_array_equal(cut.labels, whole.labels)
-    assert cut.distance_bound == pytest.approx(whole.distance_bound, abs=1e-6)
-
-
-def test_in_a_large_task_a_sample_votes(uri, monkeypatch):
-    table = ExitTable.open(uri)
-    options = {"max_distance": None, "fraction": None, "vote_weight": None, "quality": None}
-    whole = load_task(table, "cr", keep_vectors=True, **options)
-    monkeypatch.setattr("raee_serve.retrieval.task_index.ALL_VOTE", 70)
-    monkeypatch.setattr("raee_serve.retrieval.task_index.VOTERS", 60)
-    monkeypatch.setattr("raee_serve.retrieval.task_index.AT_ONCE", 33)
-    sampled = load_task(table, "cr", keep_vectors=False, **options)
-    np.testing.assert_array_equal(sampled.evidence[:, 0], whole.evidence[:, 0])
-    assert not np.allclose(sampled.evidence[:, 2:], whole.evidence[:, 2:])
-    assert ((sampled.evidence > 0) == (whole.evidence > 0)).mean() > 0.8
-
-
-def test_a_row_of_a_part_has_no_vote_on_itself():
-    vectors, labels = unit_vectors(40), np.arange(40, dtype=np.int32) % 2
-    everyone = LeaveOneOutVotes(vectors, labels, 2, 5)
-    part = LeaveOneOutVotes(vectors, labels, 2, 5, on=(vectors[7:20], np.arange(7, 20)))
-    np.testing.assert_array_equal(part.nearest, everyone.nearest[7:20])
-    np.testing.assert_allclose(part.log_votes(3), everyone.log_votes(3)[7:20], rtol=1e-5)
-    stranger = LeaveOneOutVotes(vectors, labels, 2, 5, on=(vectors[7:8], np.array([-1])))
-    assert stranger.nearest[0, 0] == 7

@@ -37,35 +37,43 @@ def stub():
 def generate(stub, smollm2, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
 
-    def run(shape, texts, *, names_tasks):
+    def run(shape, texts, *, names_tasks, load=AT_ONCE):
         asked = [Asked(shape.tasks[0], text, 0) for text in texts]
         with (tmp_path / "load.log").open("w") as log:
             url = f"http://127.0.0.1:{stub.server_port}"
-            return Generator("m", tokenizer, log).run(url, shape, asked, AT_ONCE, names_tasks)
+            return Generator("m", tokenizer, log).run(url, shape, asked, load, names_tasks)
 
     run.tokenizer = tokenizer
     return run
 
 
-def test_requests_name_their_task_and_are_limited_to_its_words(generate, stub, capsys):
+def test_requests_name_their_task_and_nothing_else(generate, stub, capsys):
     result = generate(LABELS, ["fine", "dull", "grand"], names_tasks=True)
     assert capsys.readouterr().out == ""
     assert result["generated_texts"] == [" great"] * 3
     paths, bodies = zip(*stub.bodies, strict=True)
     assert set(paths) == {"/v1/completions"}
     assert {body["prompt"] for body in bodies} == {f"{t} It was" for t in ("fine", "dull", "grand")}
-    allowed = list(LABELS.tasks[0].label_token_ids(generate.tokenizer))
     for body in bodies:
-        assert body["raee"] == {"task": "demo_sentiment"} and body["allowed_token_ids"] == allowed
+        assert body["raee"] == {"task": "demo_sentiment"} and "allowed_token_ids" not in body
         assert body["max_tokens"] == 1 and body["temperature"] == 0 and body["stream"]
     run = Run.of((LABELS.name, 1, "saturation", "raee-serve"), math.inf, result, Decided())
     assert run.requests == 3 and run.rps > 0 and run.p99_e2el_ms >= run.p50_ttft_ms > 0
 
 
-def test_vanilla_hears_nothing_of_tasks(generate, stub):
+def test_vanilla_is_limited_to_the_first_tokens_of_the_labels(generate, stub):
     generate(LABELS, ["fine"], names_tasks=False)
     [(_, body)] = stub.bodies
-    assert "raee" not in body and "allowed_token_ids" in body
+    allowed = LABELS.tasks[0].plain_token_ids(generate.tokenizer)
+    assert "raee" not in body and body["allowed_token_ids"] == list(allowed)
+
+
+def test_a_list_is_one_request(generate, stub):
+    texts = [f"text {n}" for n in range(6)]
+    result = generate(LABELS, texts, names_tasks=True, load=Load(math.inf, 1, 0, list_of=3))
+    assert result["completed"] == 2
+    prompts = [body["prompt"] for _, body in stub.bodies]
+    assert [prompt for own in prompts for prompt in own] == [f"{text} It was" for text in texts]
 
 
 def test_chats_go_to_the_chat_route(generate, stub):
@@ -106,4 +114,6 @@ def test_the_whole_benchmark_on_servers_that_do_nothing(monkeypatch, smollm2, tm
     files = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = {"serving-classification.png", "serving-summarisation.png"}
     assert files == {"serving.json", "serving.csv", *pictures}
-    assert len((tmp_path / "out" / "serving.csv").read_text().splitlines()) == 1 + 2 * 2 * 2 * 3
+    assert said["lists_ratio"] > 0 and said["over_cut_checkpoint"] > 0
+    runs = 2 * 3 * (2 + 1 + 2)  # rounds, systems, loads: of labels lists too
+    assert len((tmp_path / "out" / "serving.csv").read_text().splitlines()) == 1 + runs

@@ -1,12 +1,19 @@
 """States beside the rows: each row's own come back, in whatever order they are asked for."""
 
+import dataclasses
+from datetime import timedelta
+from pathlib import Path
+
 import lancedb
 import numpy as np
 import pytest
 
 from raee_serve.errors import TableError
 from raee_serve.table import states as states_module
-from raee_serve.table.states import STATES, StateStore
+from raee_serve.table.build import complete
+from raee_serve.table.states import StateStore
+from raee_serve.table.store import ExitTable
+from tests.unit.table_rows import add_all, entry, fitting_rows, metadata, replace_all
 
 pytestmark = pytest.mark.unit
 
@@ -69,7 +76,9 @@ def test_shelves_do_not_mix(store):
 
 
 def test_what_is_not_there_is_counted_and_the_remedy_named(store):
-    with pytest.raises(TableError, match=r"states of 2 of 2 rows are gone.*build --replace"):
+    with pytest.raises(
+        TableError, match=r"states of 2 of 2 rows are gone.*build the task once more"
+    ):
         store.read("s/x/1", ["1", "2"])
     store.add("s/x/1", ["1"], states_of(1))
     with pytest.raises(TableError, match="states of 2 of 3 rows are gone"):
@@ -89,5 +98,61 @@ def test_many_states_lie_in_a_file(store, monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("raee")] == []
 
 
-def shelves(database):
-    return set(database.open_table(STATES).search().select(["shelf"]).to_arrow()["shelf"].to_pylist())
+def size_of(uri):
+    return sum(file.stat().st_size for file in Path(uri).rglob("*") if file.is_file())
+
+
+def test_states_that_are_forgotten_are_gone_from_the_disk(store, uri):
+    store.add("sst2/x/1", ["1"], states_of(1))
+    before = size_of(uri)
+    ids = [str(n) for n in range(500)]
+    store.add("sst2/x/2", ids, states_of(*ids))
+    assert store.shelves() == {"sst2/x/1", "sst2/x/2"} and size_of(uri) > before + 10_000
+    store.forget({"sst2/x/2", "never/was/1"})
+    assert store.shelves() == {"sst2/x/1"} and size_of(uri) == before
+    assert store.ids("sst2/x/1") == {"1"} and store.ids("sst2/x/2") == set()
+
+
+def table_with(rows, uri):
+    table = ExitTable.open_or_create(uri, metadata())
+    add_all(table, "sst2", rows)
+    return table
+
+
+def test_a_rollback_finds_the_states_of_what_was_replaced(uri):
+    """As long as the version can be rolled back to; then they go with it."""
+    table = table_with(fitting_rows(), uri)
+    version, fit = table.version, table.fit("sst2")
+    replace_all(table, entry("sst2"), fitting_rows(50, seed="new"))
+    table.compact()
+    table.rollback(version)
+    add_all(table, "sst2", fitting_rows(10, seed="more"))
+    assert set(table.fit("sst2").ids) > set(fit.ids)
+    table.compact(timedelta(0))
+    assert StateStore(lancedb.connect(uri)).shelves() == {table.entry("sst2").shelf}
+    table.drop_task("sst2")
+    table.compact(timedelta(0))
+    assert StateStore(lancedb.connect(uri)).shelves() == set()
+
+
+def test_states_of_a_replacement_under_way_are_kept(uri):
+    table = table_with(fitting_rows(), uri)
+    rows = fitting_rows(50, seed="new")
+    table.begin_replace(entry("sst2"))
+    table.add("sst2", rows)
+    ExitTable.open(uri).compact()
+    assert complete(table, "sst2", rows.ids, progress=False).no_fit == ""
+    assert set(ExitTable.open(uri).fit("sst2").ids) == set(rows.ids)
+
+
+def test_rows_whose_states_went_lack_something(uri):
+    table = table_with(fitting_rows(), uri)
+    table.put_task(entry("xsum"))
+    shelf = table.entry("sst2").shelf
+    StateStore(lancedb.connect(uri)).forget([shelf])
+    assert len(table.row_ids("sst2")) == 60 and table.complete_ids("sst2") == set()
+    table.add("sst2", dataclasses.replace(fitting_rows(10, seed="more"), states=None))
+    with pytest.raises(TableError, match=r"states of 70 of 70 rows are gone"):
+        complete(table, "sst2", progress=False)
+    table.add("sst2", fitting_rows())  # as a build does for rows that lack something
+    assert len(table.complete_ids("sst2")) == 60 and table.count("sst2") == 70

@@ -289,7 +289,8 @@ def test_info_describes_tasks_binding_and_rates(uri, table):
     assert "LlamaForCausalLM (4 layers" in text and "minilm (8 dimensions" in text
     assert "sst2: 60 rows" in text and "terrible, great" in text
     fit = table.fit("sst2")
-    shares = "  ".join(f"{n}: {share:.0%}" for n, share in zip(fit.layers, fit.is_right.mean(0)))
-    assert f"probes {fit.digest}" in text and f"  {shares}" in text
+    rates = zip(fit.layers, fit.is_right.mean(axis=0), strict=True)
+    assert f"probes {fit.digest}" in text
+    assert "  ".join(f"{layer}: {share:.0%}" for layer, share in rates) in text
     assert "xsum: 0 rows" in text and "build has not finished" in text
     assert "no probes: it has 2 rows, and probes need at least 40" in text

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 
 from raee_serve.cli import main
-from raee_serve.table import check_command
+from raee_serve.exits.fit import TaskFit
 from raee_serve.table.edits import rows_of
 from raee_serve.table.store import EXITS, ExitTable
-from tests.unit.table_rows import entry, label_rows, metadata, unit_vectors
+from tests.unit.table_rows import (
+    add_all,
+    entry,
+    fitting_rows,
+    label_rows,
+    metadata,
+    unit_vectors,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -70,7 +77,7 @@ def test_doubled_ids_are_wrong_and_unseen_rows_are_told(table, capsys):
     [
         ({"vectors": unit_vectors(2) * 3}, "length 3.000, not 1"),
         ({"golds": np.array([0, 7])}, "gold label 7"),
-        ({"label_logprobs": np.full((2, 4, 2), np.inf)}, "not finite"),
+        ({"plain_probs": np.full((2, 4), np.inf)}, "not finite"),
     ],
 )
 def test_bad_rows_are_wrong(table, capsys, change, message):
@@ -79,10 +86,19 @@ def test_bad_rows_are_wrong(table, capsys, change, message):
     assert code == 1 and message in text
 
 
-def test_an_unknown_task_is_wrong(table, capsys, monkeypatch):
-    monkeypatch.delitem(check_command.TASKS, "sst2")
+def test_a_fit_is_read_and_one_that_cannot_be_is_wrong(table, capsys, monkeypatch):
+    add_all(table, "mr", fitting_rows())
     code, text = check(table, capsys)
-    assert code == 1 and "unknown task 'sst2'" in text
+    assert code == 0 and "mr: 60 rows read" in text
+    monkeypatch.setattr(TaskFit, "to_bytes", lambda _: b"no fit")
+    add_all(table, "cr", fitting_rows(seed="cr"))
+    code, text = check(table, capsys)
+    assert code == 1 and "fit of task cr: a fit cannot be read" in text
+
+
+def test_tasks_of_whatever_name_are_checked(table, capsys, monkeypatch):
+    monkeypatch.setattr("raee_serve.table.tasks.TASKS", {})
+    assert check(table, capsys)[0] == 0
 
 
 def test_bad_numbers_are_refused(table, capsys):

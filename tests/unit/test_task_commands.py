@@ -78,8 +78,8 @@ def test_check_counts_and_advises(capsys, tickets):
     assert report["encoder"] == {"window": 256, "longer": 1}
     assert report["model"] == {"window": 8192, "longer": 0}
     advice = " / ".join(report["advice"])
-    for part in ("1 labels have fewer than 5 rows: 'other'", "1 texts have more than one label",
-                 "add test = 0.1", "1 texts are longer than the encoder's 256 tokens"):  # fmt: skip
+    for part in ("labels with fewer than 5 rows, add some: 'other'", "keep one of them: 1",
+                 "add test = 0.1", "texts longer than the encoder's 256 tokens: 1;"):  # fmt: skip
         assert part in advice
 
 
@@ -87,7 +87,10 @@ def test_check_compares_train_and_test(capsys, tickets):
     tickets(rows(40), TOML.replace("text =", 'test = "tickets.csv"\ntext ='))
     _, report = check(capsys)
     assert (report["rows"], report["test_rows"], report["in_both"]) == (40, 40, 40)
-    assert any("40 training texts are test texts too" in advice for advice in report["advice"])
+    assert any(
+        "training texts that are test texts too, take them out: 40" in advice
+        for advice in report["advice"]
+    )
 
 
 def test_check_for_a_reader(capsys, tickets):
@@ -147,7 +150,7 @@ def test_build_names_rows_without_text_and_bad_rows(capsys, tickets):
     flags = ["--model", "nothing/at/all", "--task", "tickets.toml", "--table", "table"]
     tickets([*rows(4), ",\n"])
     assert main(["build", *flags]) == 1
-    assert "tickets: 1 rows without a text left out" in capsys.readouterr().out
+    assert "tickets: rows left out for want of a text: 1" in capsys.readouterr().out
     tickets(["x,\n"])
     assert main(["build", *flags]) == 1
     error = capsys.readouterr().err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raee_serve.errors import TableError
-from raee_serve.table.records import BINDING, CHANGE, choice_id, task_id
+from raee_serve.table.records import BINDING, CHANGE, built_id, choice_id, task_id
 from raee_serve.table.store import ExitTable
 from raee_serve.table.versions import read_records
 from tests.unit import writers
@@ -57,7 +57,8 @@ def check_whole(uri, templates):
             return None
         raise
     records = read_records(table._exits)
-    assert set(records) <= {BINDING, CHANGE, task_id(TASK), choice_id(TASK)}
+    built = {name for name in records if name.startswith(built_id(f"{TASK}/"))}
+    assert set(records) - built <= {BINDING, CHANGE, task_id(TASK), choice_id(TASK)}
     assert {BINDING, CHANGE} <= set(records)
     if entry := table.metadata.tasks.get(TASK):
         assert entry.version in templates
@@ -65,8 +66,10 @@ def check_whole(uri, templates):
         assert len(rows.ids) == len(set(rows.ids)) == table.count_rows()
         if rows.ids:
             expected = rows_of(entry.version, rows.ids)
-            for name in ("vectors", "golds", "label_logprobs"):
+            for name in ("vectors", "golds", "plain_probs", "full_logprobs"):
                 np.testing.assert_array_equal(getattr(rows, name), getattr(expected, name))
+        if fit := table.fit(TASK):
+            assert set(fit.ids) <= set(IDS) and len(set(fit.ids)) == len(fit.ids)
     return table
 
 
@@ -82,7 +85,8 @@ def test_two_builders_killed_at_random(processes, uri):
     for process in running:
         process.join()
     assert [process.exitcode for process in running] == [0, 0]
-    assert sorted(check_whole(uri, {"first"}).rows(TASK).ids) == IDS
+    table = check_whole(uri, {"first"})
+    assert sorted(table.rows(TASK).ids) == sorted(table.fit(TASK).ids) == IDS
 
 
 def test_all_kinds_of_writers_killed_at_random(processes, uri):
@@ -101,4 +105,6 @@ def test_all_kinds_of_writers_killed_at_random(processes, uri):
     for template in templates:
         writers.replace(uri, 1, template)
         table = check_whole(uri, {template})
-        assert sorted(table.rows(TASK).ids) == IDS and table.count_unseen() == 0
+        assert sorted(table.rows(TASK).ids) == sorted(table.fit(TASK).ids) == IDS
+        assert table.count_unseen() == 0 and set(table.metadata.built) == {TASK}
+        assert len(read_records(table._exits)) == 4  # binding, change, task, what was built

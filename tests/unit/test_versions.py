@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 
 from raee_serve.errors import TableError
-from raee_serve.table.schema import RuleChoice
+from raee_serve.exits.choice import Choice
+from raee_serve.table.schema import Built
 from raee_serve.table.store import ExitTable
 from raee_serve.table.versions import KEEP, PRUNE_MARGIN_S, prune_age
-from tests.unit.table_rows import entry, label_rows, metadata, unit_vectors
+from tests.unit.table_rows import (
+    add_all,
+    entry,
+    fitting_rows,
+    label_rows,
+    metadata,
+    unit_vectors,
+)
 
 pytestmark = pytest.mark.unit
 
-CHOICE = RuleChoice("earliest", 3, 0.9, 2.0)
+CHOICE = Choice(3, 0.9)
 DAY = timedelta(days=1)
 
 
@@ -46,7 +54,7 @@ def test_rolling_back_restores_rows_tasks_and_choices_together(uri, table):
     before, version = table.rows("sst2"), table.version
     table.begin_replace(entry("sst2"))
     table.add("sst2", label_rows(["x"], vectors=unit_vectors(1, seed=1)))
-    table.finish_replace("sst2", {"x"})
+    table.finish("sst2", Built(1), None, replacing={"x"})
     table.put_task(entry("xsum"))
     table.rollback(version)
     for seen in (table, ExitTable.open(uri)):
@@ -59,6 +67,37 @@ def test_rolling_back_restores_rows_tasks_and_choices_together(uri, table):
     assert table.history()[-1].what == f"rolled back to version {version}"
     table.add("sst2", label_rows(["d"]))  # and it goes on from there
     assert ExitTable.open(uri).row_ids("sst2") == {"a", "b", "c", "d"}
+
+
+def test_rolling_back_brings_the_old_fit_back(uri):
+    table = ExitTable.open_or_create(uri, metadata())
+    add_all(table, "sst2", fitting_rows())
+    version, fit = table.version, table.fit("sst2")
+    add_all(table, "sst2", fitting_rows(10, seed="more"))
+    grown, later = table.version, table.fit("sst2")
+    assert later.digest != fit.digest
+    table.rollback(version)
+    for seen in (table, ExitTable.open(uri)):
+        assert seen.fit("sst2").to_bytes() == fit.to_bytes()
+        assert seen.metadata.built["sst2"] == Built(60) and seen.count("sst2") == 60
+    table.rollback(grown)
+    assert table.fit("sst2").digest == later.digest
+    table.drop_task("sst2")
+    table.rollback(grown)
+    assert table.fit("sst2").digest == later.digest
+
+
+def test_a_build_says_how_it_ended(uri, table):
+    add_all(table, "mr", fitting_rows())
+    add_all(table, "sst2", label_rows(["d"]))
+    told = [v.what for v in table.history()]
+    assert told[-5:] == [
+        "task mr added",
+        "mr: 60 rows added",
+        "mr: 60 rows, fitted",
+        "sst2: 1 rows added",
+        "sst2: 4 rows, no probes",
+    ]
 
 
 def test_a_rollback_can_be_rolled_back(table):

@@ -33,9 +33,7 @@ def test_one_voice_is_given_its_temperature(telling):
     assert weight == pytest.approx(2, rel=0.1)
     (louder,) = fitted_weights([10 * scores], golds)
     assert louder == pytest.approx(weight / 10, rel=1e-3)
-    by_grid = max(
-        np.linspace(0.2, 5, 481), key=lambda own: log_likelihood(own * scores, golds)
-    )
+    by_grid = max(np.linspace(0.2, 5, 481), key=lambda own: log_likelihood(own * scores, golds))
     assert weight == pytest.approx(by_grid, abs=0.03)
 
 

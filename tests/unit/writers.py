@@ -10,12 +10,14 @@ from zlib import crc32
 import numpy as np
 
 from raee_serve.errors import TableError
-from raee_serve.table.schema import RuleChoice, TaskEntry, TaskRows
+from raee_serve.exits.choice import Choice
+from raee_serve.table.build import complete
+from raee_serve.table.schema import TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
-from tests.unit.table_rows import entry, label_rows, metadata
+from tests.unit.table_rows import HIDDEN, LAYERS, entry, label_rows, metadata, row_ids
 
 TASK = "sst2"
-IDS = [f"row{n:02}" for n in range(48)]
+IDS = sorted(row_ids(48))
 BATCH = 3
 TOLD = 3
 """Exit code of a writer that found its task replaced, or its new rows gone, and said so."""
@@ -31,7 +33,9 @@ def rows_of(template: str, ids: list[str]) -> TaskRows:
     vectors = np.stack([draw.normal(size=8) for draw in draws]).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     right = np.stack([draw.uniform(0.01, 0.99, size=4) for draw in draws])
-    return label_rows(ids, vectors, right, [int(draw.integers(2)) for draw in draws])
+    golds = [int(draw.integers(2)) for draw in draws]
+    states = np.stack([draw.normal(size=(len(LAYERS), HIDDEN)) for draw in draws])
+    return label_rows(ids, vectors, right, golds, states)
 
 
 def batches(seed: int) -> Iterator[list[str]]:
@@ -44,10 +48,11 @@ def build(uri: str, seed: int, template: str = "first") -> None:
     """As `raee-serve build` does, down to the rows that are there already."""
     table = ExitTable.open_or_create(uri, metadata())
     table.put_task(entry_of(template))
-    known = table.row_ids(TASK)
+    known = table.complete_ids(TASK)
     for batch in batches(seed):
         if new := [id for id in batch if id not in known]:
             table.add(TASK, rows_of(template, new))
+    complete(table, TASK, progress=False)
     table.compact()
 
 
@@ -55,11 +60,11 @@ def replace(uri: str, seed: int, template: str) -> None:
     """As `raee-serve build --replace` does."""
     table = ExitTable.open_or_create(uri, metadata())
     table.begin_replace(entry_of(template))
-    known = table.row_ids(TASK)
+    known = table.complete_ids(TASK)
     for batch in batches(seed):
         if new := [id for id in batch if id not in known]:
             table.add(TASK, rows_of(template, new))
-    table.finish_replace(TASK, IDS)
+    complete(table, TASK, IDS, progress=False)
 
 
 def edit(uri: str, seed: int) -> None:
@@ -75,7 +80,7 @@ def edit(uri: str, seed: int) -> None:
         elif TASK not in table.metadata.tasks:
             continue
         elif act == "choose":
-            table.put_choices({TASK: RuleChoice("earliest", draw.randint(1, 9), 0.9, 2.0)})
+            table.put_choices({TASK: Choice(draw.randint(1, 9), 0.9)})
         elif act == "delete":
             ids = sorted(table.row_ids(TASK))
             table.delete_rows(draw.sample(ids, min(2, len(ids))))

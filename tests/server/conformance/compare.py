@@ -72,7 +72,7 @@ def _common(shapes: Iterable[Any]) -> Any:
 
     What is null in some is told by the others: where a stream is cut decides how many are null.
     """
-    found = [one for one in shapes if one not in (None, "NoneType")]
+    found = [one for one in shapes if one not in (None, "NoneType", "")]
     if found and all(isinstance(one, dict) for one in found):
         keys = sorted({key for one in found for key in one})
         return {key: _common(one[key] for one in found if key in one) for key in keys}
