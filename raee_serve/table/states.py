@@ -84,7 +84,8 @@ class StateStore:
 
     def shelves(self) -> set[str]:
         """All that have states."""
-        return {_shelf(name) for name in self._tables()}
+        names = self._database.list_tables().tables
+        return {_shelf(name) for name in names if name.startswith(PREFIX)}
 
     def forget(self, shelves: Iterable[str]) -> None:
         """Removes the states of these shelves."""
@@ -92,12 +93,14 @@ class StateStore:
             self._database.drop_table(_name(shelf), ignore_missing=True)
 
     def _batches(self, shelf: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        if _name(shelf) in self._tables():
-            query = self._database.open_table(_name(shelf)).search().select(columns)
-            yield from (batch for batch in query.to_batches(AT_ONCE) if len(batch))
-
-    def _tables(self) -> list[str]:
-        return [n for n in self._database.list_tables().tables if n.startswith(PREFIX)]
+        try:
+            table = self._database.open_table(_name(shelf))
+        except ValueError as e:
+            if "was not found" not in str(e):
+                raise
+            return  # never made, or its creation was cut short
+        batches = table.search().select(columns).to_batches(AT_ONCE)
+        yield from (batch for batch in batches if len(batch))
 
 
 def _name(shelf: str) -> str:

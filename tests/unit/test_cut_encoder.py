@@ -107,7 +107,7 @@ def test_a_table_moves_to_another_encoder(table, cut, examples, tmp_path):
     np.testing.assert_allclose(after.vectors, expected, atol=1e-5)
     was, fit = old.fit(TASK.name), new.fit(TASK.name)
     assert set(fit.ids) == set(after.ids) and fit.digest != was.digest
-    assert fit.is_right[:, 1:].mean() > 0.95  # the states moved with the rows
+    assert fit.is_right[:, 1:].mean() > 0.9  # the states moved with the rows
     states = [own.states(TASK.name, after.ids) for own in (old, new)]
     np.testing.assert_array_equal(*states)
     assert (target / FILE_NAME).read_bytes() == b"maps"

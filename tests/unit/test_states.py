@@ -156,3 +156,12 @@ def test_rows_whose_states_went_lack_something(uri):
         complete(table, "sst2", progress=False)
     table.add("sst2", fitting_rows())  # as a build does for rows that lack something
     assert len(table.complete_ids("sst2")) == 60 and table.count("sst2") == 70
+
+
+def test_a_shelf_whose_creation_was_cut_short_is_made_again(store, uri):
+    data = Path(uri) / "states.sst2.x.1.lance" / "data"
+    data.mkdir(parents=True)
+    (data / "0.lance").write_bytes(b"the first file, and no version yet")
+    assert store.ids("sst2/x/1") == set()
+    store.add("sst2/x/1", ["1"], states_of(1))
+    assert store.ids("sst2/x/1") == {"1"}
