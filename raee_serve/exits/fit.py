@@ -23,13 +23,13 @@ from safetensors.numpy import load, save
 from threadpoolctl import threadpool_limits
 
 from raee_serve.errors import TableError
+from raee_serve.exits.logistic import logistic
 from raee_serve.exits.neighbours import VOTERS, Array, log_votes, nearest_others
 from raee_serve.exits.probes import Probe, packed
 from raee_serve.exits.ridge import FOLDS, Features, FoldedRidge, fold_of
 from raee_serve.exits.voices import fitted_weights, log_likelihood, mixed, softmax
 
 STATE_STRENGTHS = (100.0, 300.0, 1000.0, 3000.0)
-ENCODER_STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1000.0)
 """Of the ridge, on standardised features; the one with the best out-of-fold likelihood is taken."""
 FEWEST_ROWS = 40
 """Below this there is nothing to hold out from."""
@@ -173,7 +173,7 @@ def _fit(
     done: Callable[[int], None],
 ) -> TaskFit:
     folds = np.array([fold_of(row_id) for row_id in ids])
-    encoder, encoder_scores = _fitted(vectors, golds, num_labels, folds, ENCODER_STRENGTHS)
+    encoder, encoder_scores = logistic(vectors, golds, num_labels, folds)
     front: list[NDArray] = [encoder_scores, _votes(vectors, golds, num_labels)]
     weights = [fitted_weights(front, golds)]
     certainties = softmax(mixed(front, weights[0])).max(axis=1)

@@ -61,7 +61,8 @@ class LabelAnswer:
             seed=given.seed,
             temperature=0.0 if is_greedy else given.temperature,
             top_p=given.top_p,
-            top_k=given.top_k,
+            # With one that drops no label the engine would fill in the whole vocabulary.
+            top_k=0 if given.top_k >= len(self.labels.names) else given.top_k,
             min_p=given.min_p,
             max_tokens=1,
             ignore_eos=True,

@@ -13,7 +13,7 @@ from raee_serve.errors import TableError
 from raee_serve.table.records import RECORD
 from raee_serve.table.schema import TableMetadata, TaskEntry, TaskRows
 
-VECTOR = "vector"
+VECTOR, BLOB = "vector", "blob"
 
 
 def to_arrow(shelf: str, rows: TaskRows, schema: pa.Schema) -> pa.Table:
@@ -52,7 +52,7 @@ def records_to_arrow(
     rows = TaskRows(list(records), vectors, texts=list(records.values()))
     column = pa.array([(blobs or {}).get(name) for name in records], pa.large_binary())
     return to_arrow(RECORD, rows, schema).set_column(
-        schema.get_field_index("blob"), schema.field("blob"), column
+        schema.get_field_index(BLOB), schema.field(BLOB), column
     )
 
 

@@ -8,7 +8,9 @@ hold them. Each shelf has a table, which goes as a whole. Serving reads none.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raee_serve.errors import TableError
+from raee_serve.table.commit import CONFLICT, patiently
 
 PREFIX = "states."
 IN_MEMORY_BYTES = 2**30
@@ -53,7 +56,8 @@ class StateStore:
             ],
             schema=schema,
         )
-        self._database.create_table(_name(shelf), schema=schema, exist_ok=True).add(rows)
+        table = self._opened(shelf) or self._created(shelf, schema)
+        patiently(table, lambda: table.add(rows))
 
     def read(self, shelf: str, ids: Sequence[str]) -> States:
         """Of these rows, in this order. Raises TableError if some are not there."""
@@ -87,20 +91,49 @@ class StateStore:
         names = self._database.list_tables().tables
         return {_shelf(name) for name in names if name.startswith(PREFIX)}
 
-    def forget(self, shelves: Iterable[str]) -> None:
-        """Removes the states of these shelves."""
+    def forget(self, shelves: Iterable[str], untouched_for: timedelta) -> None:
+        """Removes the states of these shelves, where none was added for so long: a replacement may
+        be under way, whose rows come after their states."""
         for shelf in shelves:
-            self._database.drop_table(_name(shelf), ignore_missing=True)
+            table = self._opened(shelf)
+            if table is None:
+                continue
+            latest = table.list_versions()[-1]["timestamp"].timestamp()
+            if time.time() - latest >= untouched_for.total_seconds():
+                self._database.drop_table(_name(shelf), ignore_missing=True)
 
     def _batches(self, shelf: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        table = self._opened(shelf)
+        if table is not None:
+            batches = table.search().select(columns).to_batches(AT_ONCE)
+            yield from (batch for batch in batches if len(batch))
+
+    def _created(self, shelf: str, schema: pa.Schema) -> Any:
+        """A shelf's table, which another writer may make at the same time.
+
+        Of two that LanceDB makes at once the later takes the earlier's place: its rows are added.
+        """
         try:
-            table = self._database.open_table(_name(shelf))
+            table = self._database.create_table(_name(shelf), schema=schema)
+        except (ValueError, RuntimeError) as e:
+            if not ("already exists" in str(e) or CONFLICT.search(str(e))):
+                raise
+            return self._database.open_table(_name(shelf))
+        if (earlier := int(table.version) - 1) > 0:
+            table.checkout(earlier)
+            rows = table.to_arrow()
+            table.checkout_latest()
+            patiently(table, lambda: table.add(rows))
+        return table
+
+    def _opened(self, shelf: str) -> Any:
+        """A shelf's table; None if it was never made, or its creation was cut short."""
+        try:
+            return self._database.open_table(_name(shelf))
         except ValueError as e:
             if "was not found" not in str(e):
                 raise
-            return  # never made, or its creation was cut short
-        batches = table.search().select(columns).to_batches(AT_ONCE)
-        yield from (batch for batch in batches if len(batch))
+            return None
 
 
 def _name(shelf: str) -> str:

@@ -21,7 +21,7 @@ from raee_serve.errors import BindingError, RaeeError, TableError
 from raee_serve.exits.choice import Choice
 from raee_serve.exits.fit import TaskFit
 from raee_serve.table import edits
-from raee_serve.table.columns import VECTOR, from_arrow, records_to_arrow, to_arrow, vectors_of
+from raee_serve.table.columns import BLOB, VECTOR, from_arrow, records_to_arrow, to_arrow, vectors_of
 from raee_serve.table.commit import commit, patiently
 from raee_serve.table.edits import Edit
 from raee_serve.table.index import VectorIndex
@@ -188,14 +188,14 @@ class ExitTable:
         with _naming(self.uri, f"fit of task {task}"):
             shelf = self.metadata.tasks[task].shelf
             record = f"task = '{RECORD}' AND id = {edits.sql_list([built_id(shelf)])}"
-            [found] = self._exits.search().where(record).select(["blob"]).to_list()
-            return TaskFit.from_bytes(found["blob"])
+            [found] = self._exits.search().where(record).select([BLOB]).to_list()
+            return TaskFit.from_bytes(found[BLOB])
 
     def target_rows(self, task: str) -> TaskRows:
         """All rows among which `add` puts new ones."""
         entry = self.entry(task)
         with _naming(self.uri, f"rows of task {task}"):
-            return from_arrow(self._query(entry, None).to_arrow(), entry, self.metadata)
+            return from_arrow(self._query(entry, self._row_columns).to_arrow(), entry, self.metadata)
 
     def states(self, task: str, ids: Sequence[str]) -> States:
         """[layers, n, hidden_size] of these rows among which `add` puts new ones."""
@@ -253,7 +253,8 @@ class ExitTable:
             patiently(self._exits, lambda: compact(self._exits, keep))
             self._read_metadata()
             if unused := self._states.shelves() - self._shelves():
-                self._states.forget(unused - seen_shelves(self._database.open_table(EXITS)))
+                seen = seen_shelves(self._database.open_table(EXITS))
+                self._states.forget(unused - seen, keep)
 
     def row_ids(self, task: str) -> set[str]:
         """Of the rows among which `add` puts new ones."""
@@ -283,7 +284,7 @@ class ExitTable:
         Raises TableError naming what is wrong with them.
         """
         entry = self.metadata.tasks[task]
-        columns = None if vectors else [name for name in self._exits.schema.names if name != VECTOR]
+        columns = [n for n in self._row_columns if vectors or n != VECTOR]
         with _naming(self.uri, f"rows of task {task}"):
             return from_arrow(self._query(entry, columns).to_arrow(), entry, self.metadata)
 
@@ -345,10 +346,14 @@ class ExitTable:
             query = self._exits.search().where(edits.all_shelves(task)).select(["task"])
             return max(map(_number, set(query.to_arrow()["task"].to_pylist())), default=0)
 
-    def _query(self, entry: TaskEntry, columns: list[str] | None) -> Any:
-        """A task's rows, in the same order whatever the columns are; all of them by default."""
-        query = self._exits.search().where(edits.on_shelves([entry.shelf]))
-        return query.select(columns) if columns else query
+    @property
+    def _row_columns(self) -> list[str]:
+        """All that rows fill. LanceDB takes gigabytes to read the bytes of records beside them."""
+        return [name for name in self._exits.schema.names if name != BLOB]
+
+    def _query(self, entry: TaskEntry, columns: list[str]) -> Any:
+        """A task's rows, in the same order whatever the columns are."""
+        return self._exits.search().where(edits.on_shelves([entry.shelf])).select(columns)
 
     def _shelves(self) -> set[str]:
         """All that have rows, seen or not."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from datetime import timedelta
 
 import lancedb
 import numpy as np
@@ -192,7 +193,8 @@ def test_an_unfinished_task_is_served_by_nobody(table, probe, encoder, checkpoin
 def test_states_that_went_are_made_again(table, probe, encoder):
     build("sst2", table, probe, encoder, MANY)
     before = table.fit("sst2")
-    StateStore(lancedb.connect(table.uri)).forget([table.entry("sst2").shelf])
+    states = StateStore(lancedb.connect(table.uri))
+    states.forget([table.entry("sst2").shelf], timedelta(0))
     more = [*MANY, Example("fine weather", 1)]
     probe.asked = []
     report = build("sst2", table, probe, encoder, more)

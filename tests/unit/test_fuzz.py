@@ -5,6 +5,7 @@ RAEE_FUZZ sets the number of requests: 10,000 for a long run.
 
 import json
 import os
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -73,7 +73,7 @@ def test_a_label_is_text_and_tokens_and_ends_by_itself():
 def test_the_labels_are_the_tokens_of_the_first_place(asked, others):
     (output,) = rewritten([engine_output(2, told=3)], num_logprobs=asked)
     first, *rest = output.outputs[0].logprobs
-    assert list(first)[0] == 40
+    assert next(iter(first)) == 40
     assert {entry.decoded_token: round(exp(entry.logprob), 6) for entry in first.values()} == {
         NAMES_TEXT[place]: P[place] for place in (1, *others)
     }
@@ -129,7 +129,7 @@ def test_an_aborted_request_has_none():
 
 
 FILLED_IN = SamplingParams(
-    n=1, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, seed=3, max_tokens=24, min_tokens=5,
+    n=1, temperature=0.7, top_p=0.9, top_k=2, min_p=0.1, seed=3, max_tokens=24, min_tokens=5,
     stop=["card"], stop_token_ids=[2], bad_words=["card"], presence_penalty=1.0,
     frequency_penalty=1.0, repetition_penalty=1.5, logit_bias={2: 100.0},
     allowed_token_ids=[7], structured_outputs=StructuredOutputsParams(choice=["x"]),
@@ -141,7 +141,7 @@ FILLED_IN = SamplingParams(
 def test_only_how_to_draw_is_the_clients():
     own = answer(scores=(0.5, 1.0, -1.0)).params(FILLED_IN, 3, 20)
     plain = SamplingParams(
-        n=1, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, seed=3, max_tokens=1, ignore_eos=True,
+        n=1, temperature=0.7, top_p=0.9, top_k=2, min_p=0.1, seed=3, max_tokens=1, ignore_eos=True,
         detokenize=False, logprobs=2, output_kind=RequestOutputKind.DELTA, watermarking=False,
         extra_args={"mine": 1, **probe_args(3, "set", "intents/3", [0.5, 1.0, -1.0])},
         skip_clone=True,
@@ -153,6 +153,11 @@ def test_only_how_to_draw_is_the_clients():
 def test_excluded_labels_are_pushed_out():
     bias = answer(WITHOUT_STOLEN).params(FILLED_IN, 3, 20).extra_args
     assert bias["raee_probe_bias"] == [0.0, EXCLUDED, 0.0]
+
+
+def test_a_top_k_that_drops_no_label_is_none():
+    for asked, expected in ((2, 2), (3, 0), (64, 0)):
+        assert answer().params(SamplingParams(top_k=asked), 3, 20).top_k == expected
 
 
 def test_without_a_temperature_the_most_probable_label_answers():

@@ -1,8 +1,8 @@
 """Early answers that fall into a loop are begun again at full depth, and no client sees them."""
 
 import asyncio
-from dataclasses import replace
 from contextlib import aclosing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest

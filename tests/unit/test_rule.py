@@ -21,7 +21,7 @@ from raee_serve.exits.rule import (
 pytestmark = pytest.mark.unit
 
 LAYERS = 6
-probability = st.one_of(st.just(0.0), st.floats(0.01, 1.0))
+probability = st.one_of(st.just(0.0), st.floats(0.01, 1.0), st.sampled_from([0.6, 0.88, 0.9, 0.95]))
 scores_of = arrays(np.float64, (2, LAYERS), elements=probability)
 budgets = st.floats(0.01, 1.0)
 some_points = st.sets(st.integers(1, LAYERS - 1)).map(lambda own: sorted(own | {LAYERS}))
@@ -149,8 +149,9 @@ def test_the_published_rule_decides_a_batch_as_its_prompts_alone(cases):
 
 
 def test_published_counts_confident_pairs_only_where_there_are_some():
-    # Layer 2 is just short of confident: it does not count at all.
-    assert published(np.array([[0.0, 0.89, 0.9]] * 2), np.array([0.1, 0.1])) == 3
+    # Just short of confident, the first neighbour's layer 1 does not count at all.
+    assert published(np.array([[0.89, 0.95], [0.9, 0.0]]), np.array([0.1, 0.1])) == 2
+    assert published(np.array([[0.89, 0.89], [0.9, 0.0]]), np.array([0.1, 0.1])) == 1
 
 
 def test_published_keeps_three_pairs_of_a_neighbour_without_a_confident_one():

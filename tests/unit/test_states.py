@@ -108,9 +108,16 @@ def test_states_that_are_forgotten_are_gone_from_the_disk(store, uri):
     ids = [str(n) for n in range(500)]
     store.add("sst2/x/2", ids, states_of(*ids))
     assert store.shelves() == {"sst2/x/1", "sst2/x/2"} and size_of(uri) > before + 10_000
-    store.forget({"sst2/x/2", "never/was/1"})
+    store.forget({"sst2/x/2", "never/was/1"}, timedelta(0))
     assert store.shelves() == {"sst2/x/1"} and size_of(uri) == before
     assert store.ids("sst2/x/1") == {"1"} and store.ids("sst2/x/2") == set()
+
+
+def test_states_that_were_added_lately_are_not_forgotten(store):
+    """Their rows may be about to be written."""
+    store.add("sst2/x/1", ["1"], states_of(1))
+    store.forget(["sst2/x/1"], timedelta(minutes=1))
+    assert store.ids("sst2/x/1") == {"1"}
 
 
 def table_with(rows, uri):
@@ -149,7 +156,7 @@ def test_rows_whose_states_went_lack_something(uri):
     table = table_with(fitting_rows(), uri)
     table.put_task(entry("xsum"))
     shelf = table.entry("sst2").shelf
-    StateStore(lancedb.connect(uri)).forget([shelf])
+    StateStore(lancedb.connect(uri)).forget([shelf], timedelta(0))
     assert len(table.row_ids("sst2")) == 60 and table.complete_ids("sst2") == set()
     table.add("sst2", dataclasses.replace(fitting_rows(10, seed="more"), states=None))
     with pytest.raises(TableError, match=r"states of 70 of 70 rows are gone"):

@@ -17,7 +17,7 @@ from tests.unit.writers import IDS, TASK, TOLD, rows_of
 
 pytestmark = pytest.mark.unit
 
-ROUNDS = 8
+ROUNDS = 6
 LONGEST_LIFE_S = 1.0
 NOT_YET = re.compile("no such directory|no LanceDB table|was not found")
 
