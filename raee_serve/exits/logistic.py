@@ -1,7 +1,7 @@
 """The encoder's voice: multinomial logistic regression on a task's vectors, by scikit-learn.
 
-With many labels it reads short vectors far better than ridge regression does. States are longer, and
-a fit of every layer of them would take minutes.
+With many labels it reads short vectors far better than ridge regression does. States are longer,
+and a fit of every layer of them would take minutes.
 """
 
 from __future__ import annotations

@@ -135,10 +135,10 @@ class ExitDecider:
             own: ExitHead = "plain" if reading.index.fit is None else "probe"
             return self._exit(reading, lookup.exit_layer, own, Reason.OVERRIDE, about)
         if self._is_far(reading, lookup.candidates, found):
-            return ExitDecision.full(self.num_layers, Reason.FAR, **about)
+            return self._fall_back(reading, lookup, Reason.FAR, about)
         layer, head, wanted = self._chosen(reading, lookup.min_layer - 1)
         if layer == NO_EVIDENCE:
-            return ExitDecision.full(self.num_layers, Reason.NO_EVIDENCE, **about)
+            return self._fall_back(reading, lookup, Reason.NO_EVIDENCE, about)
         if wanted != layer:
             about["decided_layer"] = wanted
         return self._exit(reading, layer, head, Reason.RETRIEVED, about)
@@ -198,6 +198,14 @@ class ExitDecider:
         if probs is None:
             return NO_EVIDENCE
         return int(published(probs[reading.rows[:k]], 1 - reading.similarities[:k]))
+
+    def _fall_back(
+        self, reading: _Reading, lookup: Lookup, reason: Reason, about: Mapping[str, Any]
+    ) -> ExitDecision:
+        """Full depth; by the last layer's probe where the prompt is known to be of a label task."""
+        if reading.index.fit is None or reading.is_plain or lookup.task is None:
+            return ExitDecision.full(self.num_layers, reason, **about)
+        return self._exit(reading, self.num_layers, "probe", reason, about)
 
     def _exit(
         self,

@@ -49,7 +49,13 @@ class Plan:
     is_greedy: bool = True
 
     def without_look_up(self, decision: ExitDecision) -> ExitDecision:
-        """`decision`, or, where it names no probe and `alone` is to answer, full depth by that."""
+        """`decision`, or, where it names no probe and `alone` is to answer, full depth by that.
+
+        A prompt that was recognised and not named gets vanilla's answer where its look-up decided
+        nothing.
+        """
+        if self.alone is None and decision.reason in (Reason.FAR, Reason.NO_EVIDENCE):
+            return replace(decision, head="plain", probe=None, label_scores=())
         if self.alone is None or decision.probe is not None:
             return decision
         task, layer = self.alone.rpartition("/")[0], decision.num_layers

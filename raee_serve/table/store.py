@@ -21,7 +21,14 @@ from raee_serve.errors import BindingError, RaeeError, TableError
 from raee_serve.exits.choice import Choice
 from raee_serve.exits.fit import TaskFit
 from raee_serve.table import edits
-from raee_serve.table.columns import BLOB, VECTOR, from_arrow, records_to_arrow, to_arrow, vectors_of
+from raee_serve.table.columns import (
+    BLOB,
+    VECTOR,
+    from_arrow,
+    records_to_arrow,
+    to_arrow,
+    vectors_of,
+)
 from raee_serve.table.commit import commit, patiently
 from raee_serve.table.edits import Edit
 from raee_serve.table.index import VectorIndex
@@ -195,7 +202,9 @@ class ExitTable:
         """All rows among which `add` puts new ones."""
         entry = self.entry(task)
         with _naming(self.uri, f"rows of task {task}"):
-            return from_arrow(self._query(entry, self._row_columns).to_arrow(), entry, self.metadata)
+            return from_arrow(
+                self._query(entry, self._row_columns).to_arrow(), entry, self.metadata
+            )
 
     def states(self, task: str, ids: Sequence[str]) -> States:
         """[layers, n, hidden_size] of these rows among which `add` puts new ones."""

@@ -45,8 +45,8 @@ def write(path, data):
         ("a.csv", CSV.encode("utf-16")),
         ("a.csv", b"\xfe\xff" + CSV.encode("utf-16-be")),
         ("a.csv", CSV.encode("utf-32")),
-        ("a.csv.gz", gzip.compress(CSV.encode())),
-        ("a.csv.gz", gzip.compress(CSV.encode("utf-16"))),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
+        ("a.csv.gz", gzip.compress(CSV.encode("utf-16"), mtime=0)),
         ("a.tsv", 'body\tlabel\nfine\ta\n"two\nlines, ""quoted"""\tb\n\nlast\u2028one\ta\n'),
     ],
 )
@@ -103,9 +103,9 @@ def test_bad_separated_values_are_refused(tmp_path, data, message):
     ("name", "data", "message"),
     [
         ("a.csv.gz", CSV, "cannot read"),
-        ("a.csv.gz", gzip.compress(CSV.encode())[:-9], "ended before the end-of-stream"),
-        ("a.csv.gz", gzip.compress(CSV.encode())[:12] + b"\xff" * 30, "cannot read"),
-        ("a.csv", gzip.compress(CSV.encode()), ":1: byte 0x8b is not UTF-8"),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)[:-9], "ended before the end-of-stream"),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)[:12] + b"\xff" * 30, "cannot read"),
+        ("a.csv", gzip.compress(CSV.encode(), mtime=0), ":1: byte 0x8b is not UTF-8"),
         ("a.xlsx", CSV, "allowed endings: .csv, .tsv, .jsonl, .ndjson, .parquet, each also"),
         ("a.gz", CSV, "allowed endings"),
         ("csv", CSV, "allowed endings"),
@@ -131,7 +131,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 def test_json_lines(tmp_path, name):
     text = '{"body": "fine\u2028film", "label": 1, "id": null}\r\n\n{"label": "x", "body": null}'
     data = text.encode("utf-8-sig")
-    file = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+    file = write(tmp_path / name, gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     assert read(file) == [(f"{file}:1", ("fine\u2028film", 1)), (f"{file}:3", (None, "x"))]
 
 
@@ -164,7 +164,7 @@ def test_parquet(tmp_path, name):
     columns = {"label": [1, None], "body": pa.array(["x", None]).dictionary_encode(), "n": [1, 2]}
     parquet.write_table(pa.table(columns), raw)
     data = raw.read_bytes()
-    write(file, gzip.compress(data) if name.endswith(".gz") else data)
+    write(file, gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     assert read(file) == [(f"{file}: row 1", ("x", 1)), (f"{file}: row 2", (None, None))]
     assert "column 'text' is missing; there are: 'label', 'body', 'n'" in refusal(file, ("text",))
 

@@ -200,10 +200,22 @@ def test_exits_are_at_points_by_what_these_are_expected_to_do(query, points, lay
     assert ask(query, min_layer=3).exit_layer == min(p for p in points if p >= 3)
 
 
-def test_no_evidence_is_full_depth(query):
+def test_no_evidence_is_full_depth_by_its_probe(query):
     decision = asked(alike(0, 0, 0, 0))(query)
     assert (decision.exit_layer, decision.reason) == (4, Reason.NO_EVIDENCE)
-    assert (decision.head, decision.label_scores) == ("plain", ())
+    assert (decision.head, decision.probe) == ("probe", "sst2/4")
+    assert len(decision.label_scores) == 2
+
+
+def test_without_a_probe_full_depth_is_plain(query):
+    """Asked for so, not fitted, or of a task that is not certain."""
+    silent = index_of(alike(0, 0, 0, 0), plain=alike(0, 0, 0, 0))
+    unfitted = index_of(alike(0, 0, 0, 0), plain=alike(0, 0, 0, 0), has_fit=False, seed=1)
+    ask = Asked({"sst2": silent, "mr": unfitted})
+    for names, head in ((("sst2",), "plain"), (("mr",), None), (("sst2", "mr"), None)):
+        decision = ask(query, *names, head=head)
+        assert (decision.exit_layer, decision.reason) == (4, Reason.NO_EVIDENCE)
+        assert (decision.head, decision.label_scores) == ("plain", ())
 
 
 def test_far_prompts_run_at_full_depth(query):
@@ -215,6 +227,7 @@ def test_far_prompts_run_at_full_depth(query):
         decision = Asked({"sst2": index})(query)
         assert decision.reason == reason
         assert decision.distance == pytest.approx(distances[0], abs=1e-6)
+        assert decision.probe == ("sst2/4" if reason == Reason.FAR else "sst2/1")
     object.__setattr__(index, "distance_bound", 0.0)
     own = Asked({"sst2": index})(index.vectors[3])
     assert own.reason == Reason.RETRIEVED and own.distance < MIN_BOUND  # its own text

@@ -172,3 +172,22 @@ def test_a_shelf_whose_creation_was_cut_short_is_made_again(store, uri):
     assert store.ids("sst2/x/1") == set()
     store.add("sst2/x/1", ["1"], states_of(1))
     assert store.ids("sst2/x/1") == {"1"}
+
+
+class Overtaken:
+    """A connection to a database in which another writer makes each table at the same moment."""
+
+    def __init__(self, database):
+        self._database = database
+
+    def create_table(self, name, schema):
+        return self._database.create_table(name, schema=schema, mode="overwrite")
+
+
+def test_who_makes_a_shelf_at_the_same_time_loses_no_states(database, store, monkeypatch):
+    store.add("sst2/x/1", ["1"], states_of(1))
+    late = StateStore(Overtaken(database))
+    monkeypatch.setattr(late, "_opened", lambda _: None)  # when it looked there was no table
+    late.add("sst2/x/1", ["2"], states_of(2))
+    found = store.read("sst2/x/1", ["2", "1"])
+    np.testing.assert_array_equal(found, states_of(2, 1).transpose(1, 0, 2))
