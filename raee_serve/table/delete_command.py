@@ -28,7 +28,7 @@ def run(args: Namespace) -> None:
     touched = [name for name in table.metadata.tasks if not table.row_ids(name).isdisjoint(ids)]
     table.delete_rows(ids)
     for name in touched:
-        if table.count(name):
+        if table.count(name) and name in table.metadata.built:
             complete(table, name)
     print(f"deleted {len(set(ids))} rows; {table.count_rows()} rows left, version {table.version}")
 

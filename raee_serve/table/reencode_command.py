@@ -63,7 +63,8 @@ def run(args: Namespace) -> None:
         if len(own):
             states = _states(old, name, own.ids)
             new.add(name, replace(own, vectors=vectors[name], states=states))
-            complete(new, name)
+            if name in old.metadata.built:
+                complete(new, name)
     shortcuts, copy = find_shortcuts(args.table, None), beside_table(args.out)
     if shortcuts is not None and copy is not None:
         shutil.copyfile(shortcuts, copy)
