@@ -14,9 +14,9 @@ from raee_serve.records import Reason
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.shortcuts import stored_shortcuts
-from raee_serve.table.datasets import DEFAULT_ROOT, shuffled_examples
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import DEFAULT_ROOT, shuffled_examples
+from raee_serve.tasks.registry import get_task
 
 FOREIGN = ("trec", "ag_news")
 FAR_BAR, OWN_BAR = 0.95, 0.05

@@ -13,8 +13,8 @@ from openai import AsyncOpenAI
 from playwright.sync_api import sync_playwright
 
 from raee_serve.evaluation.asking import Asker
-from raee_serve.table.datasets import load_examples
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import load_examples
+from raee_serve.tasks.registry import get_task
 
 SIZE = {"width": 1280, "height": 900}
 """Of the window, px; the picture is as high as the page."""

@@ -11,10 +11,10 @@ from raee_serve.errors import TaskError
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.table.build import complete
-from raee_serve.table.datasets import Split, load_examples
 from raee_serve.table.schema import Built, TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import Split, load_examples
+from raee_serve.tasks.registry import get_task
 
 SOURCES = ("cr", "mpqa", "mr", "sst2", "sst5", "subj", "trec")
 TASK = "sst2"

@@ -34,9 +34,9 @@ from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.resources import BATCH_SIZE, DEFAULT_BACKEND
 from raee_serve.retrieval.retriever import ExitRetriever
-from raee_serve.table.datasets import DEFAULT_ROOT
 from raee_serve.table.index import KINDS, kind_for
 from raee_serve.table.store import ExitTable
+from raee_serve.tasks.datasets import DEFAULT_ROOT
 
 PARTS = ("encoders", "single", "batch", "ann", "server")
 BATCH, WARM_UP = 32, 20

@@ -21,8 +21,8 @@ from raee_serve.retrieval.cut_encoder import cut_encoder
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.resources import BATCH_SIZE
 from raee_serve.retrieval.search import InMemorySearch, Neighbours
-from raee_serve.table.datasets import shuffled_examples
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import shuffled_examples
+from raee_serve.tasks.registry import get_task
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 

@@ -10,9 +10,9 @@ from benchmarks.statistics import paired_ratio
 from benchmarks.tables import build_table
 from raee_serve.evaluation.asking import Asker, asker
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import shuffled_examples
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import shuffled_examples
+from raee_serve.tasks.registry import get_task
+from raee_serve.tasks.task import Task
 
 CONCURRENCY = 32
 TURN = 128

@@ -52,9 +52,9 @@ from raee_serve.checkpoints import local_checkpoint
 from raee_serve.cut import cut_checkpoint
 from raee_serve.errors import RaeeError
 from raee_serve.fingerprint import identify_backbone
-from raee_serve.table.datasets import HUB, add_data_argument
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import HUB, add_data_argument
+from raee_serve.tasks.registry import get_task
 
 CLASSIFICATION, SUMMARISATION = "classification", "summarisation"
 SEVEN = ("cr", "mpqa", "mr", "sst2", "sst5", "subj", "trec")

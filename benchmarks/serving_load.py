@@ -16,7 +16,7 @@ from vllm.benchmarks.datasets import SampleRequest
 from vllm.benchmarks.serve import TaskType, benchmark
 
 from benchmarks.serving_shapes import Asked, Shape
-from raee_serve.table.task import prompt_token_ids
+from raee_serve.tasks.task import prompt_token_ids
 
 
 @dataclass(frozen=True, slots=True)

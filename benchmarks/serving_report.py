@@ -13,7 +13,7 @@ from benchmarks.serving_systems import Decided
 from benchmarks.statistics import Ratio, median_interval, paired_ratio
 from raee_serve.evaluation.metrics import metric_name, score
 from raee_serve.retrieval.drawing import pyplot
-from raee_serve.table.task import Task
+from raee_serve.tasks.task import Task
 
 VANILLA, CUT, OURS = "vanilla", "cut checkpoint", "raee-serve"
 SYSTEMS = (VANILLA, CUT, OURS)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from raee_serve.errors import TaskError
-from raee_serve.table.datasets import shuffled_examples
-from raee_serve.table.task import Task
+from raee_serve.tasks.datasets import shuffled_examples
+from raee_serve.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ from raee_serve.evaluation.documents import WORDS
 from raee_serve.evaluation.report import markdown_table
 from raee_serve.shortcuts import Shortcut
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS
-from raee_serve.table.datasets import add_data_argument, shuffled_examples
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Item, ItemMaker
 from raee_serve.table.shortcuts import (
@@ -37,7 +36,8 @@ from raee_serve.table.shortcuts import (
     default_layers,
     passes,
 )
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import add_data_argument, shuffled_examples
+from raee_serve.tasks.registry import get_task
 
 RIDGE = 0.01
 ANSWER_TOKENS = 64

@@ -43,8 +43,8 @@ from raee_serve.evaluation.server_process import (
     running_process,
     vanilla_command,
 )
-from raee_serve.table.datasets import load_examples
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import load_examples
+from raee_serve.tasks.registry import get_task
 
 TASK, ROWS = "demo_sentiment", 60
 FLAGS = ("--max-model-len", "1024", "--dtype", "float32")

@@ -36,10 +36,10 @@ COMMANDS = (
         "raee_serve.retrieval.cut_encoder_command",
         "cut an encoder to its first layers, for cheaper look-ups",
     ),
-    Command("task list", "raee_serve.table.task_list_command", "list the shipped tasks"),
+    Command("task list", "raee_serve.tasks.list_command", "list the shipped tasks"),
     Command(
         "task check",
-        "raee_serve.table.task_check_command",
+        "raee_serve.tasks.check_command",
         "check a task's data, prompt and labels before a build",
     ),
     Command("table info", "raee_serve.table.info_command", "show what an exit table holds"),

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from openai import AsyncOpenAI
 
-from raee_serve.table.task import Task
+from raee_serve.tasks.task import Task
 
 SUMMARY_TOKENS = 64
 """Output length for free text; a label is one answer of the server, or one token of its LM head."""

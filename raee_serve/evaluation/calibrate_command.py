@@ -22,10 +22,10 @@ from raee_serve.exits.shrinkage import kept_quality
 from raee_serve.records import EXIT_HEADS
 from raee_serve.retrieval.drawing import pyplot
 from raee_serve.retrieval.replayed import replay_of
-from raee_serve.table.datasets import add_data_argument, add_words_argument
 from raee_serve.table.schema import TaskEntry
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import by_name, get_task
+from raee_serve.tasks.datasets import add_data_argument, add_words_argument
+from raee_serve.tasks.registry import by_name, get_task
 
 DESCRIPTION = """Ask every row of a task as if the table did not hold it, with several numbers of
 neighbours and many budgets; print the accuracy-depth frontier, and store the settings that fit

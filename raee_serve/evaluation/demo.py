@@ -26,9 +26,9 @@ from raee_serve.evaluation.run import (
     shuffled_rows,
 )
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import DEFAULT_ROOT, Example
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import DEFAULT_ROOT, Example
+from raee_serve.tasks.registry import get_task
+from raee_serve.tasks.task import Task
 
 TABLE_ROWS, EVAL_ROWS, SHOWN = 300, 60, 2
 """At most, a task: rows built, rows evaluated, prompts whose answers are printed."""

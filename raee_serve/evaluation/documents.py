@@ -6,10 +6,10 @@ from typing import Any
 
 from raee_serve.errors import TaskError
 from raee_serve.evaluation.run import shuffled_rows
-from raee_serve.table.datasets import Example, shortened, shuffled_examples
 from raee_serve.table.schema import row_id
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
+from raee_serve.tasks.datasets import Example, shortened, shuffled_examples
+from raee_serve.tasks.task import Task
 
 WORDS = 400
 """Of a document, from its beginning."""

@@ -22,9 +22,9 @@ from raee_serve.exits.choice import Choice
 from raee_serve.exits.replay import BUDGETS, Outcome
 from raee_serve.retrieval.replayed import replay_of
 from raee_serve.retrieval.task_index import choice_of
-from raee_serve.table.datasets import Example
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.task import Task
 
 CONCURRENCY = 16
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raee_serve.table.task import Task
+from raee_serve.tasks.task import Task
 
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 

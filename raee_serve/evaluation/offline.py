@@ -32,11 +32,11 @@ from raee_serve.retrieval.points_command import points_named
 from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.server.settings import DepthSettings
 from raee_serve.shortcuts import stored_shortcuts
-from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.schema import TableMetadata, TaskRows
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.task import Task
 
 BUDGETS = (0.9, 0.95, 0.98, 0.99)
 AT_ONCE = 256

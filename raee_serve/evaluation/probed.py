@@ -12,12 +12,12 @@ from tqdm import tqdm
 from raee_serve.exits.fit import ALONE, TaskFit
 from raee_serve.retrieval.retriever import KnowsItself
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS
-from raee_serve.table.datasets import Example
 from raee_serve.table.evidence import free_text_quality
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Batch, ItemMaker, Scores, length_batches
 from raee_serve.table.schema import EncoderIdentity, TaskEntry, TaskRows
-from raee_serve.table.task import Task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.task import Task
 
 AT_ONCE = 64
 """Texts embedded together."""

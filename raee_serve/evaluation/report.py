@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from raee_serve.evaluation.asking import Answer
 from raee_serve.evaluation.metrics import metric_name, score
-from raee_serve.table.task import Task
+from raee_serve.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Asker, asker
 from raee_serve.evaluation.report import TaskResult, as_json, as_table
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import Example, add_data_argument, shuffled_examples
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import add_task_argument, get_tasks
+from raee_serve.tasks.datasets import Example, add_data_argument, shuffled_examples
+from raee_serve.tasks.registry import add_task_argument, get_tasks
+from raee_serve.tasks.task import Task
 
 PATIENT_TIMEOUT_MS = 60_000
 PATIENCE_FLAGS = ("--lookup-timeout-ms", str(PATIENT_TIMEOUT_MS))

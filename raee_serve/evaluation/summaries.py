@@ -48,11 +48,11 @@ from raee_serve.evaluation.summary_turns import Kept, Row, accepted, ask_all, ro
 from raee_serve.exits.choice import Choice
 from raee_serve.exits.replay import shallowest_with
 from raee_serve.retrieval.task_index import choice_of
-from raee_serve.table.datasets import Example, add_data_argument, add_words_argument
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import Example, add_data_argument, add_words_argument
+from raee_serve.tasks.registry import get_task
+from raee_serve.tasks.task import Task
 
 TASKS = {
     "smollm2-135m": ("cnndm_chat", "xsum_chat"),

@@ -18,8 +18,8 @@ from openai import BadRequestError
 from raee_serve.errors import RaeeError
 from raee_serve.evaluation.asking import Answer, Asker
 from raee_serve.exits.choice import Choice
-from raee_serve.table.datasets import Example
-from raee_serve.table.task import Task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.task import Task
 
 Kind = Literal["full depth", "plain exit", "shortcut exit", "retrieved"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from raee_serve.errors import RaeeError
 from raee_serve.retrieval.cut_encoder import cut_encoder
-from raee_serve.table.datasets import add_data_argument, shuffled_examples
-from raee_serve.table.tasks import add_task_argument, get_tasks
+from raee_serve.tasks.datasets import add_data_argument, shuffled_examples
+from raee_serve.tasks.registry import add_task_argument, get_tasks
 
 DESCRIPTION = """Write a sentence-transformers model of the first layers of another one, with a
 linear map to the vectors that all layers would give, fitted on training texts of the tasks. Pass

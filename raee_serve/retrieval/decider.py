@@ -20,7 +20,7 @@ from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.search import Neighbours
 from raee_serve.retrieval.task_index import FAR_NEIGHBOURS, MIN_BOUND, TaskIndex, far_neighbours
 from raee_serve.table.schema import TableMetadata
-from raee_serve.table.task import Task
+from raee_serve.tasks.task import Task
 
 EXPLAINED = 12
 """Neighbours that an explanation names."""

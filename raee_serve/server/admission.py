@@ -24,7 +24,7 @@ from raee_serve.server.prompts import (
     whole_text,
 )
 from raee_serve.server.valves import Valves
-from raee_serve.table.task import Task
+from raee_serve.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from raee_serve.server.explain import of_prompt, rounded
 from raee_serve.server.gate import Admitted, Gate
 from raee_serve.server.options import OptionError, RequestError, shown
 from raee_serve.server.prompts import Kind, is_text
-from raee_serve.table.prompts import ChatPrompt, Rendered
+from raee_serve.tasks.prompts import ChatPrompt, Rendered
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput

@@ -23,7 +23,7 @@ from raee_serve.server.prompts import Kind, RawPrompt, TextPrompt, TokenIds, rea
 from raee_serve.server.reload import Snapshot, TableReloader
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.valves import Valves, in_shadow
-from raee_serve.table.prompts import Rendered
+from raee_serve.tasks.prompts import Rendered
 
 if TYPE_CHECKING:
     from raee_serve.retrieval.retriever import ProbeSet

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from raee_serve.errors import BindingError, TaskError
 from raee_serve.records import ExitHead
-from raee_serve.table.task import Task, answer_token_ids, prompt_text
+from raee_serve.tasks.task import Task, answer_token_ids, prompt_text
 
 MAX_BIAS = 100.0
 """Largest `logit_bias` vLLM applies; greater ones are clipped to it."""

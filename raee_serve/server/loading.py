@@ -26,7 +26,7 @@ from raee_serve.server.settings import DepthSettings
 from raee_serve.server.valves import Valves
 from raee_serve.shortcuts import Shortcuts, stored_shortcuts
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import prompt_token_ids
+from raee_serve.tasks.task import prompt_token_ids
 
 
 def load_gate(

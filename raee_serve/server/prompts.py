@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from raee_serve.table.prompts import SLOT, ChatPrompt, CompletionPrompt, Message
+from raee_serve.tasks.prompts import SLOT, ChatPrompt, CompletionPrompt, Message
 
 Kind = Literal["completions", "chat"]
 

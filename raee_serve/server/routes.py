@@ -21,8 +21,8 @@ from raee_serve.server.gate import Gate
 from raee_serve.server.options import MethodError, RequestError, shown
 from raee_serve.server.reload import ReloadError, Snapshot
 from raee_serve.server.request_body import is_json, parsed, read_body
-from raee_serve.table.prompts import ChatPrompt
-from raee_serve.table.task import Task
+from raee_serve.tasks.prompts import ChatPrompt
+from raee_serve.tasks.task import Task
 
 PREFIX = "/v1/raee/"
 

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from raee_serve.errors import TableError
 from raee_serve.exits.fit import TaskFit, fit_task, why_not
 from raee_serve.retrieval.encoder import Encoder
-from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import (
     MOST_PROBES,
@@ -23,7 +22,8 @@ from raee_serve.table.rows import (
 )
 from raee_serve.table.schema import Built, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.task import Task
 
 DEFAULT_BATCH_TOKENS = 1024
 """Padded tokens of a batch. On CPUs larger batches gain nothing and spill out of the caches."""

@@ -14,21 +14,21 @@ from raee_serve.fingerprint import identify_backbone
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import Shortcuts, stored_shortcuts
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS, TaskBuilder, finish_task, plan_task
-from raee_serve.table.datasets import (
-    Example,
-    add_data_argument,
-    add_words_argument,
-    load,
-    shuffled,
-)
 from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.rows import MOST_PROBES
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.shortcuts import DEFAULT_TOKENS, default_layers
 from raee_serve.table.shortcuts_command import add_file_argument, fit_and_store, target_file
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import add_task_argument, get_tasks
+from raee_serve.tasks.datasets import (
+    Example,
+    add_data_argument,
+    add_words_argument,
+    load,
+    shuffled,
+)
+from raee_serve.tasks.registry import add_task_argument, get_tasks
+from raee_serve.tasks.task import Task
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from raee_serve.errors import TaskError
-from raee_serve.table.datasets import load_examples, shortened
 from raee_serve.table.schema import TaskRows, row_id
-from raee_serve.table.task import Task
+from raee_serve.tasks.datasets import load_examples, shortened
+from raee_serve.tasks.task import Task
 
 
 def key_texts(task: Task, rows: TaskRows, data: str | None, words: int | None = None) -> list[str]:

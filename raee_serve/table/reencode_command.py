@@ -17,11 +17,11 @@ from raee_serve.errors import RaeeError
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import beside_table, find_shortcuts
 from raee_serve.table.build import complete
-from raee_serve.table.datasets import add_data_argument, add_words_argument
 from raee_serve.table.key_texts import key_texts
 from raee_serve.table.schema import TableMetadata
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import TASKS, add_task_argument, get_tasks
+from raee_serve.tasks.datasets import add_data_argument, add_words_argument
+from raee_serve.tasks.registry import TASKS, add_task_argument, get_tasks
 
 DESCRIPTION = """Write a table of the same rows with the vectors of another encoder. Probes are
 fitted anew to the states that the old table keeps, so no backbone runs. Texts come from the rows,

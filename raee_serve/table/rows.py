@@ -16,11 +16,11 @@ from raee_serve.errors import TaskError
 from raee_serve.exit_points import even_points
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import Shortcuts
-from raee_serve.table.datasets import Example
 from raee_serve.table.evidence import plain_evidence
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.schema import TaskEntry, TaskRows, row_id
-from raee_serve.table.task import Task, answer_token_ids, prompt_text, prompt_token_ids
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.task import Task, answer_token_ids, prompt_text, prompt_token_ids
 
 MAX_REFERENCE_TOKENS = 128
 """Longer references, or ones beyond half the backbone's limit, count by their beginning."""

@@ -16,8 +16,8 @@ from raee_serve.errors import BindingError
 from raee_serve.exits.choice import Choice
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.shortcuts import Shortcuts
-from raee_serve.table.prompts import described_prompt, prompt_of
-from raee_serve.table.task import Kind, Task
+from raee_serve.tasks.prompts import described_prompt, prompt_of
+from raee_serve.tasks.task import Kind, Task
 
 FORMAT = 3
 """Raised whenever rows or metadata change in a way older readers would misread."""

@@ -11,12 +11,6 @@ from raee_serve.errors import RaeeError, TableError
 from raee_serve.fingerprint import BackboneIdentity, identify_backbone
 from raee_serve.shortcuts import Shortcuts, beside_table
 from raee_serve.table.build import DEFAULT_BATCH_TOKENS
-from raee_serve.table.datasets import (
-    Example,
-    add_data_argument,
-    add_words_argument,
-    shuffled_examples,
-)
 from raee_serve.table.probe import DTYPES, LayerProbe
 from raee_serve.table.rows import Item, ItemMaker
 from raee_serve.table.schema import TaskEntry
@@ -28,8 +22,14 @@ from raee_serve.table.shortcuts import (
     split_documents,
 )
 from raee_serve.table.store import ExitTable, exists
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import add_task_argument, get_tasks
+from raee_serve.tasks.datasets import (
+    Example,
+    add_data_argument,
+    add_words_argument,
+    shuffled_examples,
+)
+from raee_serve.tasks.registry import add_task_argument, get_tasks
+from raee_serve.tasks.task import Task
 
 DESCRIPTION = """Fit, for some layers, a linear map from the state after the layer to that after the
 last one, on the text of tasks, and store the maps beside the exit table. A build that finds them

@@ -10,8 +10,8 @@ from openai import OpenAI
 from raee_serve.cli import main
 from raee_serve.evaluation.run import PATIENT_TIMEOUT_MS
 from raee_serve.evaluation.server_process import running_server
-from raee_serve.table.datasets import load_examples
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import load_examples
+from raee_serve.tasks.registry import get_task
 
 MODEL = "smollm2-135m"
 NUM_LAYERS = 30

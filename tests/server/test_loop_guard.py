@@ -7,7 +7,7 @@ import pytest
 from benchmarks.metrics_page import total
 from raee_serve.evaluation.asking import asker
 from raee_serve.server.loops import LoopDetector
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 from tests.server.conftest import MODEL, NUM_LAYERS
 
 pytestmark = pytest.mark.server

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.metrics_page import page
 from benchmarks.serving_systems import decided_in
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 from tests.conftest import REPOSITORY
 from tests.server.conftest import MODEL, NUM_LAYERS
 

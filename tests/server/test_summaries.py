@@ -14,9 +14,9 @@ from raee_serve.evaluation.summary_report import results
 from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Row
 from raee_serve.exits.choice import DEFAULT_K, Choice
 from raee_serve.exits.replay import BUDGETS
-from raee_serve.table.datasets import load_examples
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import load_examples
+from raee_serve.tasks.registry import get_task
 from tests.server.conftest import MODEL, NUM_LAYERS
 
 pytestmark = pytest.mark.server

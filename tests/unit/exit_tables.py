@@ -4,7 +4,7 @@ import numpy as np
 
 from raee_serve.table.schema import Built, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 from tests.unit.table_rows import (
     ENCODER,
     label_rows,

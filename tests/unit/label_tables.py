@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from raee_serve.table.build import complete
-from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.schema import TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
+from raee_serve.tasks.prompts import CompletionPrompt
+from raee_serve.tasks.task import Task
 
 LAYERS, HIDDEN = (1, 2, 3, 4), 32
 TEXTS = ["a wonderful film", "an awful film", "a great book", "a dull book"]

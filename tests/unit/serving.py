@@ -33,8 +33,8 @@ from raee_serve.server.middleware import RaeeMiddleware
 from raee_serve.server.reload import Snapshot
 from raee_serve.server.sampling import FullDepthSampler
 from raee_serve.server.valves import Valves
-from raee_serve.table.prompts import CompletionPrompt
-from raee_serve.table.task import Task
+from raee_serve.tasks.prompts import CompletionPrompt
+from raee_serve.tasks.task import Task
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 LOOP = asyncio.new_event_loop()

@@ -11,7 +11,7 @@ from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.table.build import Finished, complete
 from raee_serve.table.schema import Built, EncoderIdentity, TableMetadata, TaskEntry, TaskRows
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 
 LAYERS, HIDDEN = (1, 2, 3, 4), 16
 BACKBONE = BackboneIdentity("LlamaForCausalLM", len(LAYERS), "ab" * 32)

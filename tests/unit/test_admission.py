@@ -11,8 +11,8 @@ from raee_serve.server.admission import Admission
 from raee_serve.server.limits import LabelOutputs, OutputLimit, Written
 from raee_serve.server.options import OptionError
 from raee_serve.server.prompts import read_prompts
-from raee_serve.table.prompts import ChatPrompt, CompletionPrompt
-from raee_serve.table.task import Task
+from raee_serve.tasks.prompts import ChatPrompt, CompletionPrompt
+from raee_serve.tasks.task import Task
 
 pytestmark = pytest.mark.unit
 

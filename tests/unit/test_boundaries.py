@@ -42,7 +42,7 @@ def inside(*parts: str) -> set[str]:
 
 
 def test_the_parts_exist():
-    for part in ("exits", "table", "retrieval", "engine", "server", "evaluation"):
+    for part in ("exits", "tasks", "table", "retrieval", "engine", "server", "evaluation"):
         assert inside(part), f"no modules in {part}"
 
 
@@ -59,7 +59,9 @@ def test_sentence_transformers_is_the_encoders_alone():
 
 @pytest.mark.parametrize("name", ["vllm", "raee_serve_patches"])
 def test_table_and_retrieval_do_not_know_vllm(name):
-    assert not importers(name) & inside("exits", "table", "retrieval", "records.py", "errors.py")
+    assert not importers(name) & inside(
+        "exits", "tasks", "table", "retrieval", "records.py", "errors.py"
+    )
 
 
 @pytest.mark.parametrize("part", ["engine", "server", "evaluation"])

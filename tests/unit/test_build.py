@@ -20,15 +20,15 @@ from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.task_index import MIN_BOUND
 from raee_serve.table import build as build_module
 from raee_serve.table.build import BATCHES_PER_COMMIT, TaskBuilder
-from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
-from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.rows import Item, free_text_layers, length_batches
 from raee_serve.table.schema import TableMetadata, row_id
 from raee_serve.table.states import StateStore
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import TASKS, get_task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.prompts import CompletionPrompt
+from raee_serve.tasks.registry import TASKS, get_task
+from raee_serve.tasks.task import Task
 from tests.tiny import tokenized_gemma3, tokenized_llama
 
 pytestmark = pytest.mark.unit
@@ -219,7 +219,7 @@ def test_labels_are_texts_of_any_length_and_beginning(
     entry, fit = table.metadata.tasks["intents"], table.fit("intents")
     assert entry.plain_token_ids == () and entry.task.label_texts()[3].startswith(" transfer")
     assert fit.num_labels == 4 and table.rows("intents").plain_probs is None
-    monkeypatch.setattr("raee_serve.table.tasks.TASKS", {})  # nobody looks there
+    monkeypatch.setattr("raee_serve.tasks.registry.TASKS", {})  # nobody looks there
     retriever = ExitRetriever.open(
         table.uri, backbone=identify_backbone(checkpoint), encoder=encoder, max_distance=2.0
     )

@@ -11,10 +11,10 @@ from raee_serve.evaluation.calibrate_command import Budget
 from raee_serve.evaluation.documents import SEED, unseen_documents
 from raee_serve.exits.choice import Choice
 from raee_serve.exits.replay import BUDGETS, NEIGHBOURS, Outcome
-from raee_serve.table.datasets import shortened, shuffled_examples
 from raee_serve.table.schema import TaskEntry, row_id
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import shortened, shuffled_examples
+from raee_serve.tasks.registry import get_task
 from tests.unit.exit_tables import free_text_rows, new_table, put_labels
 from tests.unit.table_rows import entry
 

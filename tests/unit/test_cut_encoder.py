@@ -12,10 +12,10 @@ from raee_serve.retrieval.cut_encoder import FEWEST_TEXTS, cut_encoder
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.shortcuts import FILE_NAME
 from raee_serve.table.build import complete
-from raee_serve.table.datasets import load_examples
 from raee_serve.table.schema import TableMetadata, TaskEntry, row_id
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import load_examples
+from raee_serve.tasks.registry import get_task
 from tests.unit.table_rows import BACKBONE, LAYERS, label_rows, states_for
 
 pytestmark = pytest.mark.unit

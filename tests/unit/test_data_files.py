@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_files import brief, decoded, expanded, file_cells, listed, shown
+from raee_serve.tasks.data_files import brief, decoded, expanded, file_cells, listed, shown
 
 pytestmark = pytest.mark.unit
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_source import DataSource
-from raee_serve.table.datasets import (
+from raee_serve.tasks.data_source import DataSource
+from raee_serve.tasks.datasets import (
     Example,
     is_held_out,
     load,
@@ -16,9 +16,9 @@ from raee_serve.table.datasets import (
     shortened,
     shuffled_examples,
 )
-from raee_serve.table.prompts import CompletionPrompt
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import TASKS, get_task
+from raee_serve.tasks.prompts import CompletionPrompt
+from raee_serve.tasks.registry import TASKS, get_task
+from raee_serve.tasks.task import Task
 
 pytestmark = pytest.mark.unit
 

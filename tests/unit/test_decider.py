@@ -14,7 +14,7 @@ from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.search import InMemorySearch
 from raee_serve.retrieval.task_index import FAR_NEIGHBOURS, MIN_BOUND, TaskIndex
 from raee_serve.table.schema import TableMetadata, TaskEntry
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 from tests.unit.table_rows import (
     BACKBONE,
     ENCODER,

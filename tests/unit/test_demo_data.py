@@ -5,8 +5,8 @@ from importlib import resources
 
 import pytest
 
-from raee_serve.table.datasets import load_examples
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import load_examples
+from raee_serve.tasks.registry import get_task
 
 pytestmark = pytest.mark.unit
 

@@ -11,8 +11,8 @@ from raee_serve.evaluation.asking import Answer, Asker
 from raee_serve.evaluation.demo import verdict
 from raee_serve.evaluation.report import TaskResult
 from raee_serve.evaluation.run import WARM_UP, evaluate, full_depth_of
-from raee_serve.table.datasets import Example
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.registry import get_task
 
 pytestmark = pytest.mark.unit
 

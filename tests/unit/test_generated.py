@@ -11,8 +11,8 @@ from raee_serve.evaluation.asking import Answer, Asker
 from raee_serve.evaluation.generated import differing_choices, outcomes_of_answers
 from raee_serve.evaluation.summary_turns import Kept
 from raee_serve.exits.choice import Choice
-from raee_serve.table.datasets import Example
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.registry import get_task
 from tests.unit.exit_tables import free_text_rows, new_table, put_free_text
 
 pytestmark = pytest.mark.unit

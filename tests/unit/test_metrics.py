@@ -3,7 +3,7 @@
 import pytest
 
 from raee_serve.evaluation.metrics import accuracy, matthews, predicted_label, rouge_l, score
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 
 pytestmark = pytest.mark.unit
 

@@ -20,10 +20,10 @@ from raee_serve.records import ExitDecision, Reason
 from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.retriever import ExitRetriever
-from raee_serve.table.datasets import Example
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import Example
+from raee_serve.tasks.registry import get_task
 from tests.tiny import tokenized_llama
 from tests.unit.table_rows import ENCODER, made_fit, row_ids, unit_vectors
 from tests.unit.table_rows import label_rows as table_rows

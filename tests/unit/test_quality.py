@@ -20,7 +20,7 @@ from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.table.evidence import free_text_quality, most_kept
 from raee_serve.table.schema import TaskEntry
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 from tests.unit.exit_tables import free_text_rows, new_table, put_free_text
 from tests.unit.table_rows import BACKBONE, add_all, fitting_rows, metadata, unit_vectors
 

@@ -18,10 +18,10 @@ from raee_serve.retrieval.encoder import Encoder
 from raee_serve.retrieval.lookup import Lookup
 from raee_serve.retrieval.retriever import ExitRetriever
 from raee_serve.retrieval.task_index import MIN_BOUND
-from raee_serve.table.prompts import CompletionPrompt
 from raee_serve.table.schema import Built, TaskEntry
 from raee_serve.table.store import ExitTable
-from raee_serve.table.task import Task
+from raee_serve.tasks.prompts import CompletionPrompt
+from raee_serve.tasks.task import Task
 from tests.unit.label_tables import MANY, id_of, new_table, put_labels
 from tests.unit.table_rows import (
     BACKBONE,
@@ -131,7 +131,7 @@ def test_the_probe_set_is_that_of_all_fits(retriever, uri):
 
 
 def test_tasks_come_from_the_table_alone(uri, encoder, monkeypatch):
-    monkeypatch.setattr("raee_serve.table.tasks.TASKS", {})
+    monkeypatch.setattr("raee_serve.tasks.registry.TASKS", {})
     own = opened(uri, encoder).tasks["sst2"]
     assert own.match("a film It was") == "a film" and own.labels == ("terrible", "great")
 

@@ -25,7 +25,7 @@ from benchmarks.serving_report import (
 from benchmarks.serving_shapes import Asked, Shape, Texts
 from benchmarks.serving_systems import Decided, decided_in
 from raee_serve.errors import TaskError
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 
 pytestmark = pytest.mark.unit
 

@@ -13,7 +13,7 @@ from benchmarks.serving_load import Generator, Load
 from benchmarks.serving_report import Run
 from benchmarks.serving_shapes import Asked, Shape
 from benchmarks.serving_systems import Decided, started
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 from tests.tiny import tokenized_llama
 from tests.unit.stub_server import EXIT_LAYER, StubServer
 

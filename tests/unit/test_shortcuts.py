@@ -18,7 +18,6 @@ from raee_serve.server.launch import _engine_options
 from raee_serve.server.settings import DepthSettings
 from raee_serve.shortcuts import FILE_NAME, Shortcuts, beside_table, find_shortcuts
 from raee_serve.table.build import TaskBuilder
-from raee_serve.table.datasets import Example, shuffled_examples
 from raee_serve.table.probe import LayerProbe
 from raee_serve.table.rows import Item
 from raee_serve.table.schema import TableMetadata
@@ -32,7 +31,8 @@ from raee_serve.table.shortcuts import (
 )
 from raee_serve.table.shortcuts_command import _items
 from raee_serve.table.store import ExitTable
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.datasets import Example, shuffled_examples
+from raee_serve.tasks.registry import get_task
 from tests.tiny import random_shortcuts, tokenized_gemma3, tokenized_llama
 
 pytestmark = pytest.mark.unit

@@ -25,7 +25,7 @@ from raee_serve.evaluation.summary_turns import FULL_DEPTH, Kept, Turn, rows_of
 from raee_serve.exits.choice import Choice
 from raee_serve.fingerprint import BackboneIdentity
 from raee_serve.table.schema import EncoderIdentity, TableMetadata, TaskEntry
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.registry import get_task
 
 pytestmark = pytest.mark.unit
 

@@ -97,7 +97,7 @@ def test_a_fit_is_read_and_one_that_cannot_be_is_wrong(table, capsys, monkeypatc
 
 
 def test_tasks_of_whatever_name_are_checked(table, capsys, monkeypatch):
-    monkeypatch.setattr("raee_serve.table.tasks.TASKS", {})
+    monkeypatch.setattr("raee_serve.tasks.registry.TASKS", {})
     assert check(table, capsys)[0] == 0
 
 

@@ -6,15 +6,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from raee_serve.errors import TaskError
-from raee_serve.table.prompts import (
+from raee_serve.tasks.prompts import (
     ChatPrompt,
     CompletionPrompt,
     chat_prompt,
     described_prompt,
     prompt_of,
 )
-from raee_serve.table.task import Task, answer_token_ids, prompt_token_ids
-from raee_serve.table.tasks import TASKS, get_task, get_tasks
+from raee_serve.tasks.registry import TASKS, get_task, get_tasks
+from raee_serve.tasks.task import Task, answer_token_ids, prompt_token_ids
 
 pytestmark = pytest.mark.unit
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from raee_serve.cli import main
-from raee_serve.table import task_check_command
-from raee_serve.table.tasks import TASKS
+from raee_serve.tasks import check_command
+from raee_serve.tasks.registry import TASKS
 
 pytestmark = pytest.mark.unit
 
@@ -141,7 +141,7 @@ def test_check_of_free_text_in_a_chat(capsys):
 
 
 def test_check_without_data(capsys, monkeypatch):
-    monkeypatch.setattr(task_check_command, "load_model", None)
+    monkeypatch.setattr(check_command, "load_model", None)
     assert main(["task", "check", "mpqa", "--model", "smollm2-135m"]) == 1
     assert "mpqa is shipped without its data; give --data ROOT" in capsys.readouterr().err
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_source import DataSource
-from raee_serve.table.datasets import Example, load_examples
-from raee_serve.table.prompts import ChatPrompt, CompletionPrompt
-from raee_serve.table.task_file import read_task_file
+from raee_serve.tasks.data_source import DataSource
+from raee_serve.tasks.datasets import Example, load_examples
+from raee_serve.tasks.prompts import ChatPrompt, CompletionPrompt
+from raee_serve.tasks.task_file import read_task_file
 
 pytestmark = pytest.mark.unit
 

@@ -7,8 +7,8 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from raee_serve.table.schema import shortened
-from raee_serve.table.task import Task
-from raee_serve.table.tasks import TASKS, get_tasks
+from raee_serve.tasks.registry import TASKS, get_tasks
+from raee_serve.tasks.task import Task
 
 WIDTH = 60
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_files import brief
-from raee_serve.table.data_source import DataSource
-from raee_serve.table.prompts import Message, Prompt, Rendered, described_prompt
+from raee_serve.tasks.data_files import brief
+from raee_serve.tasks.data_source import DataSource
+from raee_serve.tasks.prompts import Message, Prompt, Rendered, described_prompt
 
 Kind = Literal["labels", "free-text"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

@@ -8,17 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_files import expanded
-from raee_serve.table.task import Task
-from raee_serve.table.task_file import read_task_file
+from raee_serve.tasks.data_files import expanded
+from raee_serve.tasks.task import Task
+from raee_serve.tasks.task_file import read_task_file
 
 ENDING = ".toml"
-DEMO_DATA = Path(__file__).parents[2] / "demo_data"
+SHIPPED = Path(__file__).parent / "shipped"
+DEMO_DATA = Path(__file__).parents[1] / "demo_data"
 """Task files beside their data, like a user's own; the data of the others are not shipped."""
 
 
 def _shipped() -> dict[str, Task]:
-    files = [*Path(__file__).parent.glob(f"*{ENDING}"), *DEMO_DATA.glob(f"*{ENDING}")]
+    files = [*SHIPPED.glob(f"*{ENDING}"), *DEMO_DATA.glob(f"*{ENDING}")]
     return {
         file.stem: read_task_file(file, is_shipped=file.parent != DEMO_DATA)
         for file in sorted(files, key=lambda file: file.stem)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_files import brief, listed
-from raee_serve.table.data_source import DataSource, RawRow, source_rows
+from raee_serve.tasks.data_files import brief, listed
+from raee_serve.tasks.data_source import DataSource, RawRow, source_rows
 
 if TYPE_CHECKING:
-    from raee_serve.table.task import Task
+    from raee_serve.tasks.task import Task
 
 HUB = "hub"
 """The data root that stands for the hub instead of a directory."""

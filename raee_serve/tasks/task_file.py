@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_files import brief, decoded, listed, shown
-from raee_serve.table.data_source import DataSource, source_rows
-from raee_serve.table.prompts import CompletionPrompt, Prompt, chat_prompt
-from raee_serve.table.task import Task
+from raee_serve.tasks.data_files import brief, decoded, listed, shown
+from raee_serve.tasks.data_source import DataSource, source_rows
+from raee_serve.tasks.prompts import CompletionPrompt, Prompt, chat_prompt
+from raee_serve.tasks.task import Task
 
 AUTO = "auto"
 MOST_LABELS = 1000

@@ -16,13 +16,13 @@ from raee_serve.checkpoints import local_checkpoint
 from raee_serve.errors import CheckpointError, TaskError
 from raee_serve.exits.fit import why_not
 from raee_serve.retrieval.encoder import load_model
-from raee_serve.table.data_files import listed, one_line
-from raee_serve.table.datasets import Example, Loaded, add_data_argument, load, source_of
 from raee_serve.table.ray_build import ReadBackbone
 from raee_serve.table.rows import ItemMaker
 from raee_serve.table.schema import row_id
-from raee_serve.table.task import Task, answer_token_ids, prompt_text, prompt_token_ids
-from raee_serve.table.tasks import get_task
+from raee_serve.tasks.data_files import listed, one_line
+from raee_serve.tasks.datasets import Example, Loaded, add_data_argument, load, source_of
+from raee_serve.tasks.registry import get_task
+from raee_serve.tasks.task import Task, answer_token_ids, prompt_text, prompt_token_ids
 
 DESCRIPTION = """Read a task's data and show a prompt, its tokens, the labels with their rows, texts
 that are too long, and what to change. Ends with 1 if no table can be built of it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raee_serve.errors import TaskError
-from raee_serve.table.data_files import (
+from raee_serve.tasks.data_files import (
     Cells,
     brief,
     expanded,

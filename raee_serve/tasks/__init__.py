@@ -1,0 +1,1 @@
+"""What is asked of the backbone: tasks, their prompts, and where their rows come from."""
