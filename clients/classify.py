@@ -1,6 +1,6 @@
 """Classify texts: several prompts in one request, each run at its own depth.
 
-Naming a label-word task makes the server allow nothing but one of its label words.
+Naming a label task makes the server answer with exactly one of its labels.
 """
 
 from connection import argument_parser, connect
