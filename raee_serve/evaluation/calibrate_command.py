@@ -14,9 +14,8 @@ import numpy as np
 
 from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.documents import WORDS, unseen_documents
-from raee_serve.exits.baselines import neighbour_votes
 from raee_serve.exits.choice import Choice
-from raee_serve.exits.neighbours import VOTERS
+from raee_serve.exits.neighbours import VOTERS, neighbour_votes
 from raee_serve.exits.replay import Outcome, Replay, frontier, shallowest_with
 from raee_serve.exits.shrinkage import kept_quality
 from raee_serve.records import EXIT_HEADS

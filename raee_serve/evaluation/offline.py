@@ -21,9 +21,10 @@ from raee_serve.errors import RaeeError, TaskError
 from raee_serve.evaluation.metrics import score_labels
 from raee_serve.evaluation.offline_report import BASELINES, as_json, as_table
 from raee_serve.evaluation.probed import LabelRows, Remembering, label_rows, quality_of
-from raee_serve.exits.baselines import logistic_regression, neighbour_votes
+from raee_serve.exits.baselines import logistic_regression
 from raee_serve.exits.choice import Choice
 from raee_serve.exits.fit import TaskFit
+from raee_serve.exits.neighbours import neighbour_votes
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.records import EXIT_HEADS, ExitDecision
 from raee_serve.retrieval.encoder import Encoder

@@ -6,30 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from raee_serve.exits.neighbours import VOTERS, Array, log_votes, nearest_others
-
 INVERSE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """scikit-learn's C, from which the logistic regression chooses."""
 HELD_OUT = 0.15
 """Share of the rows on which it is chosen."""
-
-
-def neighbour_votes(
-    queries: NDArray[np.float32],
-    own: NDArray[np.int64],
-    vectors: NDArray[np.float32],
-    golds: NDArray[np.int32],
-    num_labels: int,
-) -> Array:
-    """[len(queries), num_labels] log of the votes of the nearest rows.
-
-    own: [len(queries)] which row each query itself is, or -1. vectors, golds: of the rows.
-    """
-    counts = np.bincount(golds, minlength=num_labels)
-    k = min(VOTERS, len(golds) - int((own >= 0).any()))
-    with threadpool_limits(1, "blas"):  # see `fit.fit_task`
-        found = nearest_others(queries, own, vectors, k)
-        return np.concatenate([log_votes(close, golds[near], counts) for near, close in found])
 
 
 def logistic_regression(

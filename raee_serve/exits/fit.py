@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from raee_serve.errors import TableError
 from raee_serve.exits.logistic import logistic
-from raee_serve.exits.neighbours import VOTERS, Array, log_votes, nearest_others
+from raee_serve.exits.neighbours import Array, neighbour_votes
 from raee_serve.exits.probes import Probe, packed
 from raee_serve.exits.ridge import FOLDS, Features, FoldedRidge, fold_of
 from raee_serve.exits.voices import fitted_weights, log_likelihood, mixed, softmax
@@ -94,6 +94,17 @@ class TaskFit:
         """Highest probability that the front end alone gives a label."""
         return float(softmax(self.front_scores(None, vector, log_vote)).max())
 
+    def places(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """[len(ids)] where each of these rows stands in the fit; -1 for rows that came later."""
+        places = {row_id: place for place, row_id in enumerate(self.ids)}
+        return np.array([places.get(row_id, -1) for row_id in ids], np.int64)
+
+    def spread(self, values: NDArray, num_layers: int) -> NDArray[np.float32]:
+        """[n, m] by layer that has a probe -> [n, 1, num_layers], 0 at layers without one."""
+        found = np.zeros((len(values), 1, num_layers), np.float32)
+        found[:, 0, np.array(self.layers) - 1] = values
+        return found
+
     def to_bytes(self) -> bytes:
         tensors = {
             "layers": np.array(self.layers, np.int32),
@@ -143,6 +154,8 @@ def why_not(golds: NDArray[np.int32], ids: Sequence[str]) -> str | None:
     return None
 
 
+# BLAS threads that wait for each other spin: beside another job they ran 300 times slower.
+@threadpool_limits.wrap(limits=1)
 def fit_task(
     layers: Sequence[int],
     states: Callable[[int], Features],
@@ -158,27 +171,12 @@ def fit_task(
     vectors: [n, dimension] L2-normalised; golds: [n] label indices. done: called after each layer.
     Raises ValueError for states or vectors that are not finite.
     """
-    # BLAS threads that wait for each other spin: beside another job they ran 300 times slower.
-    with threadpool_limits(1):
-        return _fit(layers, states, vectors, golds, ids, num_labels, done)
-
-
-def _fit(
-    layers: Sequence[int],
-    states: Callable[[int], Features],
-    vectors: NDArray[np.float32],
-    golds: NDArray[np.int32],
-    ids: Sequence[str],
-    num_labels: int,
-    done: Callable[[int], None],
-) -> TaskFit:
     folds = np.array([fold_of(row_id) for row_id in ids])
     encoder, encoder_scores = logistic(vectors, golds, num_labels, folds)
     front: list[NDArray] = [encoder_scores, _votes(vectors, golds, num_labels)]
     weights = [fitted_weights(front, golds)]
     certainties = softmax(mixed(front, weights[0])).max(axis=1)
     probes, exit_probs, is_right = [], [], []
-    alone = None
     for layer in layers:
         probe, scores = _fitted(states(layer), golds, num_labels, folds, STATE_STRENGTHS)
         state_weight, *front_weights = fitted_weights([scores, *front], golds)
@@ -187,14 +185,12 @@ def _fit(
         probabilities = _held_out([scores, *front], golds, folds)
         exit_probs.append(probabilities[np.arange(len(golds)), golds])
         is_right.append(probabilities.argmax(axis=1) == golds)
-        alone = _louder(probe, fitted_weights([scores], golds)[0])
         done(layer)
-    assert alone is not None, "no layers"
     by_layer = np.stack(weights).astype(np.float32)
     return TaskFit(
         tuple(layers),
         tuple(probes),
-        alone,
+        _louder(probe, fitted_weights([scores], golds)[0]),
         encoder,
         by_layer[:, 0],
         by_layer[:, 1],
@@ -252,11 +248,7 @@ def _votes(vectors: NDArray[np.float32], golds: NDArray[np.int32], num_labels: i
         voters = np.sort(np.random.default_rng(0).choice(len(vectors), SAMPLED_VOTERS, False))
         own = np.full(len(vectors), -1)
         own[voters] = np.arange(len(voters))
-    counts = np.bincount(golds[voters], minlength=num_labels)
-    k = min(VOTERS, len(voters) - 1)
-    found = nearest_others(vectors, own, vectors[voters], k)
-    labels = golds[voters]
-    return np.concatenate([log_votes(close, labels[rows], counts) for rows, close in found])
+    return neighbour_votes(vectors, own, vectors[voters], golds[voters], num_labels)
 
 
 def _louder(probe: Probe, weight: float) -> Probe:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 Array = NDArray[np.float64]
 
@@ -81,3 +82,21 @@ def nearest_others(
             np.take_along_axis(nearest, order, axis=1).astype(np.int32),
             np.take_along_axis(similarities, order, axis=1),
         )
+
+
+@threadpool_limits.wrap(limits=1, user_api="blas")  # see `fit.fit_task`
+def neighbour_votes(
+    queries: NDArray[np.float32],
+    own: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+    golds: NDArray[np.int32],
+    num_labels: int,
+) -> Array:
+    """[len(queries), num_labels] log of the votes of the VOTERS nearest rows.
+
+    own: [len(queries)] which row each query itself is, or -1. vectors, golds: of the rows.
+    """
+    counts = np.bincount(golds, minlength=num_labels)
+    k = min(VOTERS, len(golds) - int((own >= 0).any()))
+    found = nearest_others(queries, own, vectors, k)
+    return np.concatenate([log_votes(close, golds[near], counts) for near, close in found])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raee_serve.errors import TaskError
 from raee_serve.exits.fit import TaskFit
@@ -37,14 +36,8 @@ def replay_of(table: ExitTable, task: str, most_rows: int | None = None) -> Repl
 
 def _of_fit(rows: TaskRows, fit: TaskFit, num_layers: int) -> Replay:
     """Of the rows that it was fitted to."""
-    places = {row_id: place for place, row_id in enumerate(fit.ids)}
-    rows = rows.at([place for place, row_id in enumerate(rows.ids) if row_id in places])
-    at = np.array([places[row_id] for row_id in rows.ids])
-
-    def by_layer(values: NDArray) -> NDArray[np.float32]:
-        found = np.zeros((len(at), 1, num_layers), np.float32)
-        found[:, 0, np.array(fit.layers) - 1] = values[at]
-        return found
-
-    known = by_layer(fit.exit_probs), by_layer(fit.is_right)
-    return Replay("probe", rows.vectors, *known, fit.certainties[at])
+    at = fit.places(rows.ids)
+    rows, at = rows.at(np.flatnonzero(at >= 0)), at[at >= 0]
+    evidence = fit.spread(fit.exit_probs[at], num_layers)
+    worth = fit.spread(fit.is_right[at], num_layers)
+    return Replay("probe", rows.vectors, evidence, worth, fit.certainties[at])

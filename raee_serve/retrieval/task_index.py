@@ -135,12 +135,10 @@ def _fill_in(
     certainties: NDArray[np.float32],
 ) -> None:
     """What the fit records of the rows, where they are in the table's order."""
-    places = {row_id: place for place, row_id in enumerate(fit.ids)}
-    found = np.array([places.get(row_id, -1) for row_id in rows.ids])
-    known = found >= 0
-    columns = np.array(fit.layers) - 1
-    evidence[np.flatnonzero(known)[:, None], 0, columns] = fit.exit_probs[found[known]]
-    certainties[known] = fit.certainties[found[known]]
+    found = fit.places(rows.ids)
+    known, at = found >= 0, found[found >= 0]
+    evidence[known] = fit.spread(fit.exit_probs[at], evidence.shape[2])
+    certainties[known] = fit.certainties[at]
 
 
 @dataclass(frozen=True, slots=True)

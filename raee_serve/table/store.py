@@ -202,9 +202,7 @@ class ExitTable:
         """All rows among which `add` puts new ones."""
         entry = self.entry(task)
         with _naming(self.uri, f"rows of task {task}"):
-            return from_arrow(
-                self._query(entry, self._row_columns).to_arrow(), entry, self.metadata
-            )
+            return self._read(entry, self._row_columns)
 
     def states(self, task: str, ids: Sequence[str]) -> States:
         """[layers, n, hidden_size] of these rows among which `add` puts new ones."""
@@ -295,7 +293,7 @@ class ExitTable:
         entry = self.metadata.tasks[task]
         columns = [n for n in self._row_columns if vectors or n != VECTOR]
         with _naming(self.uri, f"rows of task {task}"):
-            return from_arrow(self._query(entry, columns).to_arrow(), entry, self.metadata)
+            return self._read(entry, columns)
 
     def vectors(self, task: str, at_once: int) -> Iterator[NDArray[np.float32]]:
         """The vectors of a task's rows, in the order of `rows`, up to so many at a time."""
@@ -363,6 +361,9 @@ class ExitTable:
     def _query(self, entry: TaskEntry, columns: list[str]) -> Any:
         """A task's rows, in the same order whatever the columns are."""
         return self._exits.search().where(edits.on_shelves([entry.shelf])).select(columns)
+
+    def _read(self, entry: TaskEntry, columns: list[str]) -> TaskRows:
+        return from_arrow(self._query(entry, columns).to_arrow(), entry, self.metadata)
 
     def _shelves(self) -> set[str]:
         """All that have rows, seen or not."""

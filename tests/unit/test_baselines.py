@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from raee_serve.exits.baselines import logistic_regression, neighbour_votes
-from raee_serve.exits.neighbours import log_votes
+from raee_serve.exits.baselines import logistic_regression
+from raee_serve.exits.neighbours import log_votes, neighbour_votes
 from tests.unit.table_rows import unit_vectors
 
 pytestmark = pytest.mark.unit

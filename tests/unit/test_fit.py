@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from raee_serve.errors import TableError
 from raee_serve.exits import fit as fit_module
+from raee_serve.exits import neighbours
 from raee_serve.exits.fit import ALONE, FEWEST_ROWS, TaskFit, fit_task, probe_set, why_not
 from raee_serve.exits.neighbours import log_votes
 from raee_serve.exits.probes import Probe, packed, unpacked
@@ -152,7 +153,7 @@ def test_votes_are_of_the_nearest_others():
     similarities = vectors @ vectors.T
     for row in (0, 77, N - 1):
         others = np.delete(np.arange(N), row)
-        near = others[np.argsort(-similarities[row, others])[: fit_module.VOTERS]]
+        near = others[np.argsort(-similarities[row, others])[: neighbours.VOTERS]]
         expected = log_votes(similarities[row, near], GOLDS[near], counts)
         np.testing.assert_allclose(found[row], expected, rtol=1e-4)
 
@@ -161,7 +162,7 @@ def test_in_a_large_task_a_sample_votes(monkeypatch):
     """Rows that are drawn have no vote on themselves, and the others are no voters."""
     monkeypatch.setattr(fit_module, "ALL_VOTE", N - 1)
     monkeypatch.setattr(fit_module, "SAMPLED_VOTERS", 50)
-    monkeypatch.setattr(fit_module, "VOTERS", 49)
+    monkeypatch.setattr(neighbours, "VOTERS", 49)
     vectors = unit_vectors(N)
     drawn = np.sort(np.random.default_rng(0).choice(N, 50, False))
     found = fit_module._votes(vectors, GOLDS, 2)

@@ -13,7 +13,7 @@ from raee_serve.cut import cut_checkpoint
 from raee_serve.evaluation.offline import Answers, Evaluated, answered, baselines
 from raee_serve.evaluation.offline_report import BASELINES, as_json, as_table
 from raee_serve.evaluation.probed import LabelRows, Remembering, label_rows
-from raee_serve.exits.baselines import neighbour_votes
+from raee_serve.exits.neighbours import neighbour_votes
 from raee_serve.exits.probes import unpacked
 from raee_serve.fingerprint import identify_backbone
 from raee_serve.records import ExitDecision, Reason
